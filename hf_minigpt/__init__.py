@@ -1,0 +1,12 @@
+"""A GPT written from scratch that the Hugging Face ecosystem takes for one of its own."""
+
+from .configuration_minigpt import MiniGPTConfig
+from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
+from .presets import preset
+from .registration import register
+
+
+__version__ = "0.1.0"
+__all__ = ["MiniGPTConfig", "MiniGPTForCausalLM", "MiniGPTForSequenceClassification", "MiniGPTModel", "preset"]
+
+register()

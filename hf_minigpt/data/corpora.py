@@ -1,0 +1,232 @@
+"""Where text comes from: the embedded tales, files and folders, or a dataset on the Hub, all as `Documents`."""
+
+import glob
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = (".txt", *LOADERS)
+
+DEFAULT_NUM_TALES = 30_000
+TALES_SEED = 0
+
+# Characters: about a quarter of a novel. Long enough that hardly a row meets a seam, short enough that the 74 million
+# sentences of BookCorpus still make tens of thousands of documents to hold some out from.
+JOINED_DOCUMENT_LENGTH = 100_000
+
+ROWS_PER_BATCH = 1000
+
+
+class Documents:
+    """The documents of a corpus: iterable any number of times, never all in memory.
+
+    Attributes:
+        name: what the user called the corpus.
+        fingerprint: changes when the text may have changed: paths, sizes and modification times of files, the revision
+            of a Hub dataset, or an option.
+        num_empty: documents of only white space that the latest iteration left out.
+    """
+
+    def __init__(
+        self, name: str, fingerprint: str, read: Callable[[], Iterable[str]], max_documents: int | None = None
+    ):
+        self.name = name
+        self.fingerprint = fingerprint
+        self.num_empty = 0
+        self._read = read
+        self._max_documents = max_documents
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.islice(self._not_empty(), self._max_documents)
+
+    def _not_empty(self) -> Iterator[str]:
+        self.num_empty = 0
+        for document in self._read():
+            if document.strip():
+                yield document
+            else:
+                self.num_empty += 1
+
+
+def load_documents(
+    dataset: str | Path | None = None,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    join_sentences: bool = False,
+    max_documents: int | None = None,
+) -> Documents:
+    """Name a corpus, get its documents.
+
+    Args:
+        dataset: None for the embedded tales; a file (.txt, .jsonl, .json, .csv, .parquet) or a folder searched for
+            such files, in sorted order, hidden ones left out; else a name on the Hub. A .txt file is one document,
+            a row of the others is one. Text files are UTF-8; a byte order mark is dropped and line ends become `\\n`.
+        config_name, split: of a Hub dataset.
+        text_column: the column of the rows that holds the text.
+        join_sentences: the rows (of a .txt file, its lines) are sentences, as in the classic BookCorpus: join them
+            with line breaks into documents of about 100,000 characters.
+        max_documents: use only the first documents; for the tales, how many (30,000 by default).
+
+    Raises:
+        ValueError: nothing there by that name, nothing in it that can be read (the message names the file); files are
+            looked into only by iteration.
+    """
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"max_documents={max_documents} leaves no text; use 1 or more, or leave it out")
+    options = {"text_column": text_column, "join_sentences": join_sentences, "max_documents": max_documents}
+    if dataset is None:
+        return _tales(max_documents or DEFAULT_NUM_TALES)
+
+    root = Path(dataset)
+    if root.is_dir():
+        files = list(_files_below(root))
+        if not files:
+            raise ValueError(f"folder {root} holds no file that ends in {', '.join(SUFFIXES)}")
+    elif root.is_file():
+        if root.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"{root}: cannot read {root.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
+            )
+        files = [root]
+    else:
+        return _hub_documents(str(dataset), config_name, split, options)
+
+    stats = [file.stat() for file in files]
+    for file, stat in zip(files, stats, strict=True):
+        if stat.st_size == 0:
+            raise ValueError(f"{file} is empty; remove it or leave it out")
+    content = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
+
+    def read() -> Iterator[str]:
+        for file in files:
+            rows = _read_file(file, text_column, by_line=join_sentences)
+            yield from _joined(rows) if join_sentences else rows
+
+    return Documents(str(dataset), _digest("files", content, options), read, max_documents)
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _tales(num_tales: int) -> Documents:
+    from . import tales
+
+    grammar = Path(tales.__file__).read_bytes()
+    fingerprint = _digest("tales", hashlib.blake2b(grammar).hexdigest(), num_tales, TALES_SEED)
+    return Documents("tales", fingerprint, lambda: tales.tales(num_tales, TALES_SEED))
+
+
+def _hub_documents(name: str, config_name: str | None, split: str, options: dict[str, Any]) -> Documents:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.lower().endswith(SUFFIXES):
+        raise ValueError(f"no file or folder {name}, and it does not look like a name on the Hub (owner/dataset)")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config_name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"no file or folder {name} here, and the Hub did not give a dataset: {error}") from error
+    # the cache folder, of which this is made, is named after the revision
+    fingerprint = _digest("hub", name, config_name, split, rows._fingerprint, options)
+    text_column = options["text_column"]
+    # a missing column shall not wait for a tokenizer to be trained
+    _check_column(name, rows.column_names, text_column)
+
+    def read() -> Iterator[str]:
+        texts = _texts(rows, name, text_column)
+        return _joined(texts) if options["join_sentences"] else texts
+
+    return Documents(name, fingerprint, read, options["max_documents"])
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(f"{folder} is a symbolic link to a folder that it lies in; remove the link")
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(entry, (*above, real))
+        elif entry.suffix.lower() in SUFFIXES:
+            yield entry
+
+
+def _read_file(path: Path, text_column: str, by_line: bool) -> Iterator[str]:
+    try:
+        if path.suffix.lower() == ".txt":
+            yield from _read_text(path, by_line)
+        else:
+            yield from _read_rows(path, text_column)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error}; convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
+        ) from error
+
+
+def _read_text(path: Path, by_line: bool) -> Iterator[str]:
+    with path.open("rb") as file:
+        # archives and UTF-16 have zero bytes near the start, UTF-8 text has none
+        if b"\0" in file.read(4096):
+            raise ValueError(f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Convert it")
+    with path.open(encoding="utf-8-sig") as lines:
+        if by_line:
+            yield from (line.rstrip("\n") for line in lines)
+            return
+        text = lines.read()
+        if not text.strip():
+            raise ValueError(f"{path} is empty; remove it or leave it out")
+        yield text
+
+
+def _read_rows(path: Path, text_column: str) -> Iterator[str]:
+    import datasets
+
+    # pandas would take the texts "NA" and "null" for missing
+    options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
+    try:
+        rows = datasets.load_dataset(
+            LOADERS[path.suffix.lower()], data_files=glob.escape(str(path)), split="train", streaming=True, **options
+        )
+        yield from _texts(rows, path, text_column)
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise error if str(path) in str(error) else ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _check_column(source: str | Path, columns: list[str], text_column: str) -> None:
+    if text_column not in columns:
+        raise ValueError(f"{source} has no column {text_column!r}; name one of its columns as text column: {columns}")
+
+
+def _texts(rows: Any, source: str | Path, text_column: str) -> Iterator[str]:
+    for table in rows.with_format("arrow").iter(ROWS_PER_BATCH):
+        _check_column(source, table.column_names, text_column)
+        for text in table[text_column].to_pylist():
+            if text is not None and not isinstance(text, str):
+                raise ValueError(
+                    f"{source}: column {text_column!r} holds {type(text).__name__}, not text: {text!r:.80}"
+                )
+            yield text or ""
+
+
+def _joined(sentences: Iterable[str]) -> Iterator[str]:
+    part: list[str] = []
+    length = 0
+    for sentence in sentences:
+        part.append(sentence)
+        length += len(sentence) + 1
+        if length >= JOINED_DOCUMENT_LENGTH:
+            yield "\n".join(part)
+            part, length = [], 0
+    if part:
+        yield "\n".join(part)

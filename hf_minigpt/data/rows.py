@@ -1,0 +1,196 @@
+"""Every way of cutting a token store into rows, as index views: nothing is copied, no shuffle is written down.
+
+A row is `context_length + 1` consecutive tokens: the inputs are all but the last, the targets all but the first. The
+order of an epoch follows from (seed, epoch) alone, so the position in a run is one integer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .token_store import TokenStore
+
+
+Row = dict[str, torch.Tensor]
+
+
+def _rng(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, epoch]))
+
+
+class Rows(Dataset):
+    """Base of the views: item i is `{"input_ids": (T,), "shift_labels": (T,)}`, int64."""
+
+    def __init__(self, store: TokenStore, context_length: int):
+        if context_length < 1:
+            raise ValueError(f"context_length={context_length} must be at least 1")
+        self.store = store
+        self.context_length = context_length
+        # indexing a plain array is ten times faster than indexing a memory map, and reads the same pages
+        self._tokens = store.tokens.view(np.ndarray)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._tokens = self.store.tokens.view(np.ndarray)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Row:
+        # the range knows negative indices and raises the IndexError that ends a for loop
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        rows = torch.from_numpy(self._gather(np.asarray(indices, dtype=np.int64)))
+        pairs = zip(rows[:, :-1].unbind(), rows[:, 1:].unbind(), strict=True)
+        return [{"input_ids": inputs, "shift_labels": targets} for inputs, targets in pairs]
+
+    def _gather(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) -> (n, context_length + 1) int64."""
+        raise NotImplementedError
+
+
+def _check_one_row(store: TokenStore, context_length: int) -> None:
+    if store.num_tokens < context_length + 1:
+        raise ValueError(
+            f"corpus {store.folder} has {store.num_tokens} tokens, a row of context_length={context_length} needs "
+            f"{context_length + 1}; give more text, or a context_length of at most {store.num_tokens - 1}"
+        )
+
+
+class WindowRows(Rows):
+    """Base of the views whose rows are windows of the store, told by where they start."""
+
+    def __init__(self, store: TokenStore, context_length: int):
+        super().__init__(store, context_length)
+        _check_one_row(store, context_length)
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _gather(self, indices: np.ndarray) -> np.ndarray:
+        windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.context_length + 1)
+        return windows[self._starts(indices)].astype(np.int64)
+
+
+class SlidingWindowRows(WindowRows):
+    """Windows of `max_length` every `stride` tokens: with a smaller stride they overlap, with a larger one skip."""
+
+    def __init__(self, store: TokenStore, max_length: int, stride: int):
+        super().__init__(store, max_length)
+        if stride < 1:
+            raise ValueError(f"stride={stride} must be at least 1")
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return len(range(0, self.store.num_tokens - self.context_length, self.stride))
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        return indices * self.stride
+
+
+class ContextRows(SlidingWindowRows):
+    """Row k predicts tokens `k * T + 1` to `k * T + T` of the store: every token once, but for a tail below T."""
+
+    def __init__(self, store: TokenStore, context_length: int):
+        super().__init__(store, context_length, stride=context_length)
+
+
+class RandomWindowRows(WindowRows):
+    """`num_rows` windows at random places an epoch, as nanoGPT draws its batches."""
+
+    def __init__(self, store: TokenStore, context_length: int, num_rows: int, seed: int = 0):
+        super().__init__(store, context_length)
+        self.num_rows = num_rows
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        last_start = self.store.num_tokens - self.context_length - 1
+        self._places = _rng(self.seed, epoch).integers(0, last_start, size=self.num_rows, endpoint=True)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        return self._places[indices]
+
+
+class ShuffledDocumentRows(Rows):
+    """`ContextRows` of the store with its documents in another order each epoch.
+
+    Rows are of constant length, and over the epochs a token is seen at every position and after other documents; the
+    tail that is too short for a row is another one each time.
+    """
+
+    def __init__(self, store: TokenStore, context_length: int, seed: int = 0):
+        super().__init__(store, context_length)
+        _check_one_row(store, context_length)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle the documents for an epoch; the order depends on nothing but the seed and the epoch."""
+        self.epoch = epoch
+        order = _rng(self.seed, epoch).permutation(self.store.num_documents)
+        # the EOS that the store begins with stays in front, as a document of one token
+        lengths = np.concatenate([[1], np.diff(self.store.offsets)[order]])
+        # (num_documents + 2,): where the documents begin in the shuffled order, and its end
+        self._begins = np.concatenate([[0], np.cumsum(lengths)])
+        # (num_documents + 1,): from a place in the shuffled order to the place in the store
+        self._shifts = np.concatenate([[0], self.store.offsets[order]]) - self._begins[:-1]
+
+    def __len__(self) -> int:
+        return (self.store.num_tokens - 1) // self.context_length
+
+    def _gather(self, indices: np.ndarray) -> np.ndarray:
+        width = self.context_length + 1
+        row_begins = indices * self.context_length
+        first = np.searchsorted(self._begins, row_begins, side="right") - 1
+        last = np.searchsorted(self._begins, row_begins + width, side="left") - 1
+        # one segment for each document in each row
+        counts = last - first + 1
+        row = np.repeat(np.arange(len(indices)), counts)
+        document = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(len(row))
+        begins = np.maximum(self._begins[document], row_begins[row])
+        ends = np.minimum(self._begins[document + 1], row_begins[row] + width)
+        lengths = ends - begins
+        places = np.repeat(begins + self._shifts[document] - (np.cumsum(lengths) - lengths), lengths)
+        places += np.arange(len(places))
+        return self._tokens[places].reshape(len(indices), width).astype(np.int64)
+
+
+class DocumentRows(Rows):
+    """Rows for evaluation: every token and every EOS of the store predicted exactly once.
+
+    A row begins with a document, its first input the EOS before it, and holds as many whole documents as fit; only a
+    document longer than a row is cut, and what follows its last piece are again whole documents. Rows are up to
+    `context_length` long and not padded: the collator does that.
+    """
+
+    def __init__(self, store: TokenStore, context_length: int):
+        super().__init__(store, context_length)
+        offsets = np.asarray(store.offsets)
+        begins = [1]
+        while begins[-1] < store.num_tokens:
+            begin = begins[-1]
+            end = int(offsets[np.searchsorted(offsets, begin + context_length, side="right") - 1])
+            begins.append(end if end > begin else begin + context_length)
+        # (num_rows + 1,): the first target of each row, and the end
+        self._begins = np.array(begins)
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        rows = []
+        for begin, end in zip(self._begins[indices], self._begins[np.asarray(indices) + 1], strict=True):
+            tokens = torch.from_numpy(self._tokens[begin - 1 : end].astype(np.int64))
+            rows.append({"input_ids": tokens[:-1], "shift_labels": tokens[1:]})
+        return rows

@@ -1,0 +1,391 @@
+"""The corpus as token ids, written once and read from disk by everything that trains or evaluates on it."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from ..tokenization import plain_text_encoder, splits_before_spaces, tokenizer_fingerprint
+from .corpora import Documents
+
+
+FORMAT_VERSION = 1
+
+# Characters. A document is handed to the tokenizer in pieces of about PIECE_LENGTH, a thread takes pieces of about
+# BATCH_LENGTH at a time: memory stays bounded however long a book is.
+PIECE_LENGTH = 1 << 16
+BATCH_LENGTH = 1 << 18
+
+TRAIN, VALIDATION, DUPLICATE = 0, 1, 2
+
+
+class TokenStore:
+    """Documents as one flat array of token ids on disk: `[EOS, document 0, EOS, document 1, EOS, ...]`.
+
+    Attributes:
+        tokens: (num_tokens,) uint16 where the vocabulary fits, else uint32; memory-mapped.
+        offsets: (num_documents + 1,) int64; document i with the EOS that ends it is
+            `tokens[offsets[i] : offsets[i + 1]]`, and `offsets[0] == 1`.
+        manifest: what the store holds and how it was made.
+        folder: where it lies.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], tokens: np.memmap, offsets: np.ndarray):
+        self.folder = folder
+        self.manifest = manifest
+        self.tokens = tokens
+        self.offsets = offsets
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "TokenStore":
+        """Open a written store; nothing is read yet.
+
+        Raises:
+            ValueError: no store there, one of another format, or a file of another size than was written.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        for name, size in manifest["files"].items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                raise ValueError(f"{path} has {found} bytes instead of {size}; delete {folder} to tokenize again")
+        tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        return cls(folder, manifest, tokens, offsets)
+
+    def __reduce__(self) -> tuple:
+        # a data loader's worker process opens the files itself: pickling a memory map would copy the whole corpus
+        return TokenStore.open, (self.folder,)
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.folder)!r}, documents={self.num_documents}, tokens={self.num_tokens})"
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest["num_documents"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids in the store, the `num_documents + 1` separators counted."""
+        return self.manifest["num_tokens"]
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents, separators not counted."""
+        return self.manifest["num_bytes"]
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.manifest["eos_token_id"]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no token store: it has no manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} is a token store of format {manifest['format_version']}, this code reads {FORMAT_VERSION}; "
+            "delete it to tokenize again"
+        )
+    return manifest
+
+
+class TokenStoreWriter:
+    """Writes a `TokenStore` document by document, in constant memory but for 8 bytes a document."""
+
+    def __init__(self, folder: str | Path, eos_token_id: int, vocab_size: int):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.eos_token_id = eos_token_id
+        self.num_bytes = 0
+        self._eos = np.array([eos_token_id], self.dtype).tobytes()
+        self._num_tokens = 1
+        self._offsets = array("q", [1])
+        self._file = (self.folder / "tokens.bin").open("wb", buffering=1 << 20)
+        self._file.write(self._eos)
+
+    def add(self, ids: np.ndarray, num_bytes: int, ends_document: bool = True) -> None:
+        """Append ids of a document, `num_bytes` of its text, and after the last of them the EOS."""
+        self._file.write(ids.astype(self.dtype, copy=False).tobytes())
+        self._num_tokens += len(ids)
+        self.num_bytes += num_bytes
+        if ends_document:
+            self._file.write(self._eos)
+            self._num_tokens += 1
+            self._offsets.append(self._num_tokens)
+
+    def close(self, **details: Any) -> None:
+        """Finish the files; the manifest, with `details` in it, comes last."""
+        self._file.close()
+        np.save(self.folder / "offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.name,
+            "num_documents": len(self._offsets) - 1,
+            "num_tokens": self._num_tokens,
+            "num_bytes": self.num_bytes,
+            "eos_token_id": self.eos_token_id,
+            "files": {name: (self.folder / name).stat().st_size for name in ("tokens.bin", "offsets.npy")},
+            **details,
+        }
+        _write_manifest(self.folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """A corpus ready for training, split by document.
+
+    Attributes:
+        train, validation: the two parts.
+        num_duplicates: documents left out because another has exactly the same text.
+        num_empty: documents left out because they have none.
+        folder: where both parts lie.
+    """
+
+    train: TokenStore
+    validation: TokenStore
+    num_duplicates: int
+    num_empty: int
+    folder: Path
+
+
+def prepare_corpus(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: str | Path,
+    *,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    num_workers: int | None = None,
+) -> PreparedCorpus:
+    """Tokenize a corpus once into `cache_dir`; later calls with the same text, tokenizer and options reuse it.
+
+    Exact duplicates are removed first. Which documents are held out depends on their text and the seed, not on their
+    order. A corpus of a single document gives its last part, cut at the paragraph break nearest to the fraction.
+    Several processes may call at once: each works in a folder of its own, and the first to finish wins.
+
+    Args:
+        documents: read twice.
+        cache_dir: each corpus gets a folder of its own in it.
+        validation_fraction: share of the documents to hold out, at least one.
+        seed: of the choice.
+        num_workers: threads; all cores by default.
+
+    Raises:
+        ValueError: no text, a fraction outside (0, 1), a corpus that changes while it is read, or a damaged cache.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, both excluded")
+    details = {
+        "documents": documents.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "format_version": FORMAT_VERSION,
+    }
+    fingerprint = hashlib.blake2b(json.dumps(details, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(cache_dir) / fingerprint
+    if not folder.is_dir():
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=cache_dir))
+        try:
+            _write_corpus(documents, tokenizer, work, details, num_workers or os.cpu_count() or 1)
+            # mkdtemp's folder is for its owner alone, but a cache may be shared
+            work.chmod(0o755)
+            try:
+                os.replace(work, folder)
+            except OSError:
+                # another process was first, and did the same work
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    manifest = _read_manifest(folder)
+    return PreparedCorpus(
+        train=TokenStore.open(folder / "train"),
+        validation=TokenStore.open(folder / "validation"),
+        num_duplicates=manifest["num_duplicates"],
+        num_empty=manifest["num_empty"],
+        folder=folder,
+    )
+
+
+def _write_corpus(
+    documents: Documents, tokenizer: PreTrainedTokenizerFast, work: Path, details: dict[str, Any], num_workers: int
+) -> None:
+    parts, num_bytes = _assign_parts(documents, details["validation_fraction"], details["seed"])
+    num_empty = documents.num_empty
+    num_kept = int((parts != DUPLICATE).sum())
+    if num_kept == 0:
+        raise ValueError(f"corpus {documents.name} has no text: {num_empty} documents, all empty")
+    texts = _kept(documents, parts)
+    if num_kept == 1:
+        texts = _split_single(next(texts)[0], 1 - details["validation_fraction"], documents.name)
+
+    eos_token_id = tokenizer.eos_token_id
+    writers = [TokenStoreWriter(work / name, eos_token_id, len(tokenizer)) for name in ("train", "validation")]
+    encoder = plain_text_encoder(tokenizer)
+    cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
+
+    def encode(pieces: list[Piece]) -> list[np.ndarray]:
+        encodings = encoder.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
+        return [np.array(encoding.ids, writers[0].dtype) for encoding in encodings]
+
+    with tqdm(total=num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
+        for pieces, encoded in _map_in_order(encode, _batches(texts, cut), num_workers):
+            for piece, ids in zip(pieces, encoded, strict=True):
+                size = len(piece.text.encode())
+                writers[piece.part].add(ids, size, piece.ends_document)
+                progress.update(size)
+    for writer in writers:
+        writer.close(fingerprints=details)
+    _write_manifest(
+        work,
+        {
+            "format_version": FORMAT_VERSION,
+            "corpus": documents.name,
+            "num_duplicates": int((parts == DUPLICATE).sum()),
+            "num_empty": num_empty,
+            "fingerprints": details,
+        },
+    )
+
+
+def _assign_parts(documents: Documents, validation_fraction: float, seed: int) -> tuple[np.ndarray, int]:
+    """Part of each document, (num_documents,) uint8, and the UTF-8 bytes of all that are kept."""
+    digests, sizes = bytearray(), array("q")
+    key = seed.to_bytes(8, "little", signed=True)
+    for document in tqdm(documents, desc="Reading", unit=" documents", unit_scale=True):
+        data = document.encode()
+        digests += hashlib.blake2b(data, digest_size=16, key=key).digest()
+        sizes.append(len(data))
+    high, low = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2).T
+    # sorted by keyed digest, which is a seeded shuffle that does not depend on the order of the documents
+    order = np.lexsort((low, high))
+    is_repeated = np.zeros(len(order), dtype=bool)
+    is_repeated[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    kept = order[~is_repeated]
+    num_validation = max(1, round(validation_fraction * len(kept)))
+    parts = np.full(len(order), DUPLICATE, dtype=np.uint8)
+    parts[kept] = TRAIN
+    parts[kept[: min(num_validation, len(kept) - 1)]] = VALIDATION
+    return parts, int(np.frombuffer(sizes, dtype=np.int64)[kept].sum())
+
+
+def _kept(documents: Documents, parts: np.ndarray) -> Iterator[tuple[str, int]]:
+    for document, part in itertools.zip_longest(documents, parts.tolist()):
+        if document is None or part is None:
+            raise ValueError(f"corpus {documents.name} changed while it was read; run again when it is complete")
+        if part != DUPLICATE:
+            yield document, part
+
+
+def _split_single(text: str, fraction: float, name: str) -> Iterator[tuple[str, int]]:
+    target = round(fraction * len(text))
+    reach = min(target, len(text) - target) // 2
+    # a paragraph break if there is one nearby, else a line break, a space, or any place
+    for pattern in (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+"):
+        ends = [match.end() for match in re.compile(pattern).finditer(text, target - reach, target + reach)]
+        if ends:
+            target = min(ends, key=lambda end: abs(end - target))
+            break
+    if not 0 < target < len(text):
+        raise ValueError(
+            f"corpus {name} is one document of {len(text)} characters, too short to hold out a part of it"
+        )
+    yield text[:target], TRAIN
+    yield text[target:], VALIDATION
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    part: int
+    ends_document: bool
+
+
+# Python's \s holds a few control characters more than the tokenizer's: both agree on the two sides of this
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+def _cut_before_spaces(text: str) -> Iterator[str]:
+    """Cut a long text where GPT-2's pre-tokenization separates words anyway (`splits_before_spaces`)."""
+    start = 0
+    while match := _CUT.search(text, start + PIECE_LENGTH):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def _keep_whole(text: str) -> Iterator[str]:
+    yield text
+
+
+def _batches(texts: Iterable[tuple[str, int]], cut: Callable[[str], Iterator[str]]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    length = 0
+    for text, part in texts:
+        remaining = len(text)
+        for piece in cut(text):
+            remaining -= len(piece)
+            batch.append(Piece(piece, part, ends_document=remaining == 0))
+            length += len(piece)
+            if length >= BATCH_LENGTH:
+                yield batch
+                batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _map_in_order(
+    encode: Callable[[list[Piece]], list[np.ndarray]], batches: Iterable[list[Piece]], num_workers: int
+) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+    """`encode` in threads (it releases the interpreter lock), a bounded number of batches ahead of the consumer."""
+    pending: deque[tuple[list[Piece], Future]] = deque()
+    with _one_thread_a_call(), ThreadPoolExecutor(num_workers) as pool:
+        for batch in batches:
+            pending.append((batch, pool.submit(encode, batch)))
+            if len(pending) > 2 * num_workers:
+                pieces, future = pending.popleft()
+                yield pieces, future.result()
+        while pending:
+            pieces, future = pending.popleft()
+            yield pieces, future.result()
+
+
+@contextlib.contextmanager
+def _one_thread_a_call() -> Iterator[None]:
+    """Our threads are the parallelism. The library's own would also make it warn in every data loader worker."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,307 @@
+"""The functions without parameters: positions, padding, and the losses. It travels with a checkpoint."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils.import_utils import is_tracing
+
+
+# Logits held at one time. Large enough for full-speed matrix products, small enough to stay near the caches.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[d], x[d + D/2]) of x (B, H, T, D) by its position's angle, in Llama's direction."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def sinusoidal_embedding(position_ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sines (even) and cosines (odd dimensions) of positions (B, T), of Vaswani et al. (2017): (B, T, C)."""
+    width = like.shape[-1]
+    exponent = torch.arange(0, width, 2, device=like.device, dtype=torch.float) / width
+    angles = position_ids[..., None].float() * torch.exp(-math.log(10000.0) * exponent)  # (B, T, C / 2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(like.dtype)
+
+
+def check_positions(position_ids: torch.Tensor, limit: int, past_length: int | torch.Tensor, given: bool) -> None:
+    """
+    Refuse positions (B, T) beyond a table of `limit` rows: on a GPU they would be an obscure assertion.
+
+    Args:
+        past_length: number of cached positions.
+        given: whether the caller chose the positions; the model's own fit wherever their number does.
+    """
+    if is_tracing(position_ids) or position_ids.numel() == 0:
+        return
+    fits = not torch.is_tensor(past_length) and position_ids.shape[-1] + past_length <= limit
+    # Given ids are looked at on the CPU only, where that waits for no kernel; others if their number is too large.
+    if fits and not (given and position_ids.device.type == "cpu"):
+        return
+    first, last = (int(position) for position in position_ids.aminmax())
+    if first < 0 or last >= limit:
+        raise ValueError(
+            f"Position {last if last >= limit else first} is not in the learned table of "
+            f"max_position_embeddings={limit} rows. Shorten the input (or the generation), or use a model with rotary "
+            "or sinusoidal positions."
+        )
+
+
+def find_text(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """
+    Which positions (B, T) of a batch are no padding: told by the mask, else by the pad id, else there is one row.
+
+    Raises:
+        ValueError: several rows, and neither.
+    """
+    batch_size, length = hidden_states.shape[:2]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask[:, -length:] != 0
+    if input_ids is not None and pad_token_id is not None:
+        is_pad = input_ids == pad_token_id
+        # Only what leads or trails is padding: a pad id inside the text is a token of it.
+        return ~(is_pad.cumprod(-1) + is_pad.flip(-1).cumprod(-1).flip(-1)).bool()
+    if batch_size == 1:
+        return torch.ones((1, length), dtype=torch.bool, device=hidden_states.device)
+    raise ValueError(
+        f"Cannot tell the padding of a batch of {batch_size} rows: pass attention_mask, or input_ids with "
+        f"config.pad_token_id set (now {pad_token_id})."
+    )
+
+
+def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | None) -> torch.Tensor:
+    """
+    What follows the head's matrix product: the soft cap, then the mask over ids beyond the tokenizer's.
+
+    Args:
+        logits: (..., vocab_size).
+        softcap: `cap * tanh(logits / cap)`; None for no cap.
+        num_ids: ids from here on get the lowest finite value; None where the table is not padded.
+    """
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if num_ids is not None and num_ids < logits.shape[-1]:
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_ids
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+    return logits
+
+
+def shift(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Labels (B, T) aligned with the position that predicts them: each moves one to the left."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    Transformers' `ForCausalLMLoss`, except that a batch with nothing to learn gives 0 instead of NaN.
+
+    Args:
+        logits: (B, T, vocab_size).
+        labels: (B, T) token ids; position t is scored against label t + 1.
+        num_items_in_batch: what the sum is divided by; None: the number of labels that are not ignored.
+        shift_labels: (B, T) labels that are already shifted; `labels` is then not read.
+    """
+    if shift_labels is None:
+        shift_labels = shift(labels, ignore_index)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    total = F.cross_entropy(
+        logits.reshape(-1, vocab_size).float(), targets, ignore_index=ignore_index, reduction="sum"
+    )
+    return divide(total, num_items_in_batch, targets, ignore_index)
+
+
+def count_hits(logits, labels, shift_labels=None, ignore_index: int = -100, **kwargs) -> torch.Tensor:
+    """How many of the labels no other id outscores (int64, 0-dim); arguments as in `causal_lm_loss`."""
+    targets = shift(labels, ignore_index) if shift_labels is None else shift_labels
+    keep = targets != ignore_index
+    scores = logits.gather(-1, targets.where(keep, 0)[..., None])[..., 0]
+    return ((scores == logits.amax(-1)) & keep).sum()
+
+
+def divide(total, num_items: torch.Tensor | int | None, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The sum of the losses over the number of items, at least 1: nothing to learn is a loss of 0, not NaN."""
+    if num_items is None:
+        num_items = (targets != ignore_index).sum()
+    if torch.is_tensor(num_items):
+        return total / num_items.to(total.device).clamp(min=1)
+    return total / max(num_items, 1)
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """
+    Loss of a classifier, summed over the label entries, in float32.
+
+    Args:
+        logits: (B, num_labels).
+        labels: (B,) classes, or (B,) or (B, num_labels) floats.
+        problem_type: one of transformers' three; None: regression with one label, else told by the labels' dtype.
+    """
+    logits = logits.float()
+    if problem_type is None:
+        is_class = labels.dtype in (torch.long, torch.int)
+        problem_type = "single_label_classification" if is_class else "multi_label_classification"
+        if logits.shape[-1] == 1:
+            problem_type = "regression"
+    if problem_type == "regression":
+        return F.mse_loss(logits.view_as(labels), labels.float(), reduction="sum")
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.view(-1), reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """
+    Sum of weighted cross entropies of a linear head, a chunk of rows at a time.
+
+    The gradients are computed in the forward pass, while a chunk's logits are at hand (as in Liger Kernel and Apple's
+    Cut Cross-Entropy): the same three matrix products as the plain way, and never more than one chunk of logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, row_weights, softcap, num_ids, chunk_rows, compute_dtype):
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_grad = need_hidden or need_weight or need_bias
+        head = weight.to(compute_dtype)
+        # Sums run in float32 at least, whatever the products run in.
+        sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        padding = None
+        if num_ids is not None and num_ids < weight.shape[0]:
+            padding = slice(num_ids, None)
+
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            inputs = hidden[rows].to(compute_dtype)
+            ignored = targets[rows, None] < 0
+            target = targets[rows, None].clamp(min=0)
+            logits = (inputs @ head.t()).to(sum_dtype)  # (R, V)
+            if bias is not None:
+                logits += bias
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_()
+                # d(cap * tanh(x / cap)) / dx
+                slope = 1 - logits.square() if need_grad else None
+                logits.mul_(softcap)
+            if padding is not None:
+                logits[:, padding] = torch.finfo(logits.dtype).min
+            score = logits.gather(1, target)
+            maximum = logits.amax(1, keepdim=True)
+            # A hit is a target that nothing exceeds: an argmax would cost a pass of its own.
+            num_correct += ((score == maximum) & ~ignored).sum()
+            probabilities = logits.sub_(maximum).exp_()
+            norm = probabilities.sum(1, keepdim=True)
+            losses = norm.log() + maximum - score  # (R, 1)
+            if row_weights is not None:
+                losses = losses * row_weights[rows, None]
+            total += losses.sum()
+            if not need_grad:
+                continue
+
+            grad = probabilities.div_(norm)
+            grad.scatter_add_(1, target, torch.full_like(score, -1.0))
+            if softcap is not None:
+                grad.mul_(slope)
+            if row_weights is not None:
+                grad.mul_(row_weights[rows, None])
+            if need_bias:
+                grad_bias += grad.sum(0)
+            grad = grad.to(compute_dtype)
+            if need_hidden:
+                grad_hidden[rows] = grad @ head
+            if need_weight:
+                if compute_dtype == sum_dtype:
+                    grad_weight.addmm_(grad.t(), inputs)
+                else:
+                    grad_weight += grad.t() @ inputs
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(*(t for t in (grad_hidden, grad_weight, grad_bias) if t is not None))
+        ctx.mark_non_differentiable(num_correct)
+        return total, num_correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, _):
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * grad_total).to(dtype) if need else None
+            for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    row_weights: torch.Tensor | None = None,
+    softcap: float | None = None,
+    num_ids: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cross entropy of `finish_logits(hidden @ weight.T + bias)`, summed, without ever holding all the logits.
+
+    Args:
+        hidden: (N, D) in any floating dtype; under autocast the products are computed in autocast's.
+        weight: (V, D).
+        bias: (V,) or None.
+        targets: (N,) token ids; rows whose target is `ignore_index` cost no work.
+        row_weights: (N,) factor of each row's loss; None for 1.
+        softcap, num_ids: as in `finish_logits`.
+
+    Returns:
+        The sum (float32, 0-dim) and the number of targets that no other id outscores (int64, 0-dim).
+    """
+    if not torch.compiler.is_compiling():
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        if rows.numel() < targets.numel():
+            hidden, targets = hidden[rows], targets[rows]
+            row_weights = None if row_weights is None else row_weights[rows]
+    else:
+        # No shape may depend on the data here: an ignored row is scored with weight 0.
+        keep = targets != ignore_index
+        row_weights = keep.to(torch.float32) if row_weights is None else row_weights * keep
+        targets = targets.where(keep, -1)
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    chunk_rows = max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // weight.shape[0], 64)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(
+            hidden, weight, bias, targets, row_weights, softcap, num_ids, chunk_rows, compute_dtype
+        )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """
+    Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.
+
+    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )

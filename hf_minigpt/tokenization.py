@@ -1,0 +1,184 @@
+"""Byte-level BPE tokenizers: train one, load one, and tell whether it fits a model.
+
+`<|endoftext|>` begins, ends and separates documents, as in GPT-2; `<|pad|>` is a token of its own, because a padding
+token that equals the end token teaches a model never to stop.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+
+if TYPE_CHECKING:
+    from .configuration_minigpt import MiniGPTConfig
+
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+# GPT-2's vocabulary and merges: as transformers names the files, and as OpenAI released them
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+GPT2_MAX_LENGTH = 1024
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    model_max_length: int,
+    min_frequency: int = 2,
+    show_progress: bool = True,
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with GPT-2's pre-tokenization: every string encodes, and decodes to itself.
+
+    Args:
+        texts: documents; read once, only word counts are kept in memory.
+        vocab_size: entries, special tokens included. A text too small to yield that many merges gives a smaller
+            tokenizer: size the model's table with `padded_vocab_size`.
+        model_max_length: the model's context, in tokens.
+        min_frequency: a pair seen less often is not merged.
+
+    Raises:
+        ValueError: `vocab_size` is not a multiple of 64 or has no room for the 256 bytes and the special tokens.
+    """
+    smallest = 320
+    if vocab_size % 64 != 0 or vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be a multiple of 64, which matrix products on a GPU want, and at least "
+            f"{smallest}, to hold the 256 bytes and the special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    return _with_our_conventions(fast, model_max_length)
+
+
+def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
+    """What every tokenizer of this package has, trained or loaded: the one place for it."""
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    # transformers 4 turns it on where the saved file says nothing: decoding then eats spaces before punctuation
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    if model_max_length is not None:
+        tokenizer.model_max_length = model_max_length
+    return tokenizer
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, model_max_length: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from the Hub or a folder and give it a padding token of its own where it has none.
+
+    Args:
+        name_or_path: a name on the Hub, a folder with a saved tokenizer, or a folder with only GPT-2's `vocab.json`
+            and `merges.txt` (`encoder.json` and `vocab.bpe` in OpenAI's release).
+        model_max_length: the model's context in tokens; None keeps what was saved.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token or no fast implementation.
+    """
+    folder = Path(name_or_path)
+    is_saved = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
+    bare_files = [pair for pair in GPT2_FILES if all((folder / name).is_file() for name in pair)]
+    tokenizer: Any
+    if bare_files and not is_saved:
+        vocab, merges = (str(folder / name) for name in bare_files[0])
+        tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=GPT2_MAX_LENGTH)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {name_or_path} has no fast implementation; convert it to a tokenizer.json of the tokenizers "
+            "library first"
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"tokenizer {name_or_path} has no eos_token, which separates documents; set one and save it again"
+        )
+    return _with_our_conventions(tokenizer, model_max_length)
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerFast, multiple: int = 64) -> int:
+    """The rows of a model's token table for this tokenizer: its size rounded up to a multiple."""
+    return -(-len(tokenizer) // multiple) * multiple
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTConfig") -> None:
+    """Refuse a tokenizer whose ids do not mean to the model what they meant in its training.
+
+    Raises:
+        ValueError: an id outside the model's table, another number of real ids, or other special tokens.
+    """
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids reach {largest_id}, the model's vocab_size is {config.vocab_size}; load the "
+            "tokenizer saved with the model, or call "
+            f"model.resize_token_embeddings({padded_vocab_size(tokenizer)})"
+        )
+    real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
+    if real_ids != len(tokenizer):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model was made for {real_ids} (unpadded_vocab_size of "
+            f"{config.vocab_size}); load the tokenizer saved with the model, or set "
+            f"config.unpadded_vocab_size={len(tokenizer)} before training"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        in_config, in_tokenizer = getattr(config, name), getattr(tokenizer, name)
+        # generation may stop at several tokens
+        if in_tokenizer not in (in_config if isinstance(in_config, list) else [in_config]):
+            raise ValueError(
+                f"{name} is {in_config} in the model's config and {in_tokenizer} in the tokenizer; set "
+                f"config.{name}={in_tokenizer}, or load the tokenizer saved with the model"
+            )
+
+
+def plain_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer's backend that takes every text for plain text.
+
+    A document that quotes `<|endoftext|>` gets the ids of those characters, not the special token. The copy neither
+    truncates nor pads, whatever earlier calls of `tokenizer` left switched on.
+    """
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def splits_before_spaces(encoder: Tokenizer) -> bool:
+    """Whether text may be cut before a space that follows a non-space without changing a single id.
+
+    True of GPT-2's pre-tokenization: its pattern never joins a non-space with a space after it, and looks no further
+    ahead than the next non-space.
+    """
+    description = json.loads(encoder.to_str())
+    pre_tokenizer = description["pre_tokenizer"] or {}
+    return (
+        description["normalizer"] is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer["use_regex"]
+        and not pre_tokenizer["add_prefix_space"]
+        and all(token["special"] for token in description["added_tokens"])
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A digest that changes when the ids of some text, or the end-of-text id, change."""
+    content = plain_text_encoder(tokenizer).to_str() + str(tokenizer.eos_token_id)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

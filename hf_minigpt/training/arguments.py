@@ -1,0 +1,334 @@
+"""The recipes' flags: dataclasses, and a parser that takes them from the command line and from YAML files."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub.constants import HF_HOME
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_tf32_available
+
+
+DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
+
+
+@dataclass
+class ModelArguments:
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a MiniGPT to go on from, with its tokenizer. Instead of --preset."},
+    )
+    preset: str = field(
+        default="minigpt-nano", metadata={"help": "Named configuration to start from scratch (hf_minigpt.presets)."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name. Default: that of --model, else one is trained on the corpus."},
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Size of the tokenizer to train, a multiple of 64. Default: 1024 for the tales, else 4096."
+        },
+    )
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a row. Default: max_position_embeddings of the model."}
+    )
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Fields of MiniGPTConfig over the preset's: hidden_size=128 num_hidden_layers=4 ..."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention, ... Default: sdpa."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a model or tokenizer on the Hub comes with."}
+    )
+
+    def __post_init__(self):
+        if self.model is not None and self.config_overrides:
+            raise ValueError(
+                f"config_overrides={self.config_overrides} with model={self.model!r}: a checkpoint's architecture is "
+                "what it is. Leave out one of the two."
+            )
+        if self.vocab_size is not None and (self.model or self.tokenizer):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is the size of a tokenizer to train, but model={self.model!r} and "
+                f"tokenizer={self.tokenizer!r} bring one. Leave out vocab_size."
+            )
+
+    def overrides(self) -> dict[str, Any]:
+        """`config_overrides` as a dictionary; values are read as JSON where they are JSON, else as YAML."""
+        # here, not above: the configuration is no concern of recipes that start from a checkpoint
+        from ..configuration_minigpt import MiniGPTConfig
+
+        known = [f.name for f in dataclasses.fields(MiniGPTConfig)] + list(MiniGPTConfig.attribute_map)
+        overrides = {}
+        for item in self.config_overrides:
+            name, equals, value = item.partition("=")
+            if not equals or name not in known:
+                raise ValueError(
+                    f"config_overrides has {item!r}, which is not FIELD=VALUE for a field of MiniGPTConfig."
+                    + _did_you_mean(name, known)
+                )
+            try:
+                overrides[name] = json.loads(value)
+            except json.JSONDecodeError:
+                overrides[name] = yaml.safe_load(value)
+        return overrides
+
+
+@dataclass
+class DataArguments:
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name on the Hub, or a file or folder of .txt, .jsonl, .json, .csv, .parquet. Default: the embedded "
+            "tales, for which nothing is downloaded."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    join_sentences: bool = field(
+        default=False, metadata={"help": "The rows are sentences (classic BookCorpus): join them into documents."}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Use only the first documents."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents that is held out."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out documents."})
+    cache_dir: str = field(
+        default=os.path.join(HF_HOME, "hf_minigpt"), metadata={"help": "Where tokenized corpora are kept."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded."
+            )
+        self.cache_dir = os.path.expanduser(self.cache_dir)
+
+
+@dataclass
+class PlanArguments:
+    plan: bool = field(
+        default=False, metadata={"help": "Print what the run would take (size, tokens, memory, FLOPs, time) and stop."}
+    )
+    price_per_hour: float | None = field(
+        default=None, metadata={"help": "Price of one device for an hour: --plan then tells what the run costs."}
+    )
+    flops_per_second: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sustained rate of one device for --plan (an H100 at 40 % of its peak in bf16: 4e14). Default: 40 % "
+            "of what a large matrix product reaches here."
+        },
+    )
+
+
+def _default(name: str, value: Any) -> Any:
+    """Another default for a field of TrainingArguments, which keeps its help text."""
+    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """TrainingArguments with defaults for pretraining, and what they lack for it.
+
+    `precision="auto"` is bf16 where the GPU computes in it, fp16 with a loss scaler on older ones, fp32 on a CPU, and
+    TF32 for what stays fp32; `--bf16`, `--fp16` and `--tf32` win.
+    """
+
+    output_dir: str | None = _default("output_dir", "runs/pretrain")
+    per_device_train_batch_size: int = _default("per_device_train_batch_size", 16)
+    per_device_eval_batch_size: int = _default("per_device_eval_batch_size", 32)
+    num_train_epochs: float = _default("num_train_epochs", 1.0)
+    learning_rate: float = _default("learning_rate", 3e-3)
+    weight_decay: float = _default("weight_decay", 0.1)
+    adam_beta2: float = _default("adam_beta2", 0.95)
+    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "warmup_stable_decay")
+    warmup_steps: float = _default("warmup_steps", 0.02)
+    logging_steps: float = _default("logging_steps", 0.01)
+    logging_first_step: bool = _default("logging_first_step", True)
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)
+    include_num_input_tokens_seen: str | bool = _default("include_num_input_tokens_seen", True)
+    eval_strategy: IntervalStrategy | str = _default("eval_strategy", "steps")
+    eval_steps: float | None = _default("eval_steps", 0.1)
+    save_steps: float = _default("save_steps", 0.25)
+    save_total_limit: int | None = _default("save_total_limit", 2)
+    report_to: None | str | list[str] = _default("report_to", "none")
+    # the rows are tensors already, and the model takes shift_labels through **kwargs
+    remove_unused_columns: bool = _default("remove_unused_columns", False)
+
+    optimizer: Literal["muon", "adamw", "trainer"] = field(
+        default="muon",
+        metadata={
+            "help": "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw; trainer: what --optim says."
+        },
+    )
+    matrix_learning_rate: float = field(default=0.02, metadata={"help": "Learning rate of Muon's matrices."})
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the embeddings. Default: learning_rate."}
+    )
+    muon_scaling: Literal["original", "moonlight"] = field(
+        default="original",
+        metadata={
+            "help": "Size of Muon's update: sqrt(max(1, rows / columns)), or Moonlight's 0.2 sqrt(max(rows, columns)), "
+            "with which matrix_learning_rate is of AdamW's size."
+        },
+    )
+    decay_fraction: float = field(
+        default=0.6,
+        metadata={"help": "Share of the steps in which warmup_stable_decay goes down, linearly, to zero."},
+    )
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = field(
+        default="auto", metadata={"help": "auto: bf16 where the GPU has it, fp16 where not, fp32 on a CPU."}
+    )
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Torch's threads on a CPU. Default: cores over the processes here."}
+    )
+
+    def __post_init__(self):
+        if self.optim != DEFAULT_OPTIM and OptimizerNames(self.optim) != OptimizerNames(DEFAULT_OPTIM):
+            if self.optimizer != "trainer":
+                raise ValueError(
+                    f"optim={self.optim!r} is read only with optimizer='trainer', not with {self.optimizer!r}. Set "
+                    "--optimizer trainer, or leave out --optim."
+                )
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the steps: choose one in [0, 1].")
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers=True: workers that outlive an epoch never see the next one's order of "
+                "the documents. Leave it out."
+            )
+        self._choose_precision()
+        super().__post_init__()
+
+    def _choose_precision(self) -> None:
+        if self.precision != "auto" and (self.bf16 or self.fp16):
+            raise ValueError(
+                f"precision={self.precision!r} with bf16={self.bf16}, fp16={self.fp16}: leave out one of the two."
+            )
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.precision != "auto":
+            self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        elif on_gpu and not self.bf16 and not self.fp16:
+            # torch also says yes to bf16 where it would be emulated, at a crawl (Turing)
+            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = not self.bf16
+        if self.tf32 is None and on_gpu and is_torch_tf32_available():
+            self.tf32 = True
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def describe_hardware(self) -> str:
+        """One line: devices and precision."""
+        precision = "bf16" if self.bf16 else "fp16 with a loss scaler" if self.fp16 else "fp32"
+        if self.device.type == "cuda":
+            tf32 = ", TF32 for the rest" if self.tf32 else ""
+            return f"{self.world_size} x {torch.cuda.get_device_name(self.device)}, {precision}{tf32}"
+        plural = "es" if self.world_size > 1 else ""
+        return f"{self.device.type}, {self.world_size} process{plural} x {torch.get_num_threads()} threads, {precision}"
+
+
+def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+    """Read flags into dataclasses.
+
+    `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
+    a message that names it and the nearest one that exists.
+
+    Args:
+        dataclass_types: every field is a flag.
+        argv: default `sys.argv[1:]`.
+
+    Returns:
+        One object for each dataclass.
+    """
+    parser = HfArgumentParser(
+        dataclass_types,
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]   (--help lists the flags)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file with values for the flags below; flags override it.")
+    known = [f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type) if f.init]
+
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        parser.error(f"unknown flag {unknown[0]}.{_did_you_mean(name, known, prefix='--')}")
+    flags: list[str] = []
+    if namespace.config is not None:
+        flags = _flags_of(_read_yaml(namespace.config, known, parser), parser)
+    given = list(sys.argv[1:] if argv is None else argv)
+    *parsed, _ = parser.parse_args_into_dataclasses(flags + given, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def _read_yaml(path: str, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} must be a mapping of flags to values.")
+    for key in values:
+        if key not in known:
+            parser.error(f"--config {path}: unknown key {key!r}.{_did_you_mean(str(key), known)}")
+    return values
+
+
+def _flags_of(values: dict[str, Any], parser: HfArgumentParser) -> list[str]:
+    """YAML values as flags, so that both are checked and converted alike."""
+    flags = []
+    for key, value in values.items():
+        if value is None:
+            parser.set_defaults(**{key: None})
+        elif key == "config_overrides" and isinstance(value, dict):
+            flags += [f"--{key}", *(f"{name}={json.dumps(item)}" for name, item in value.items())]
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        else:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def use_all_cores(cpu_threads: int | None = None) -> None:
+    """Give torch its share of the cores: `accelerate launch` and `torchrun` would leave it one.
+
+    Args:
+        cpu_threads: default: the cores this process may use, over the processes on this machine.
+    """
+    if cpu_threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpu_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(cpu_threads)
+
+
+def check_writable(folder: str) -> None:
+    """Raise ValueError where a run's folder cannot be written, before the run."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={folder} cannot be written ({error.strerror}): choose another.") from error

@@ -1,0 +1,273 @@
+"""Muon for the matrices inside the blocks with AdamW for the rest, as one optimizer; and plain AdamW."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+
+# Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon): steepest at zero, and all
+# singular values end between 0.7 and 1.2 or so.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+Scaling = Literal["original", "moonlight"]
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest orthogonal matrix U V^T of each matrix U S V^T, roughly: singular values end near 1, not at it.
+
+    Runs in bfloat16 on a GPU that computes in it. Elsewhere in float32: bfloat16 is 40 times slower on most CPUs.
+
+    Args:
+        matrices: (..., rows, columns); a batch of one shape takes one kernel a step instead of one a matrix.
+        steps: of Newton-Schulz.
+
+    Returns:
+        (..., rows, columns), float32 or bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    in_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
+    # the products are of the size of the shorter side
+    transposed = x.shape[-2] > x.shape[-1]
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    Each parameter group says by `kind` how it is stepped:
+
+    - `muon`: Nesterov momentum, orthogonalised (Jordan et al., 2024), with decoupled weight decay; 2-D parameters only.
+    - `adamw`: AdamW (Loshchilov & Hutter, 2019), by torch's own kernels, fused where there are any.
+
+    State is made in the first `step`, because accelerate exchanges the parameters' tensors after construction.
+
+    Args:
+        param_groups: dictionaries with `params`, `kind`, and whatever differs from the defaults below.
+        lr: learning rate.
+        weight_decay: per step, times the learning rate.
+        momentum, newton_schulz_steps: of Muon.
+        scaling: Muon's update times `sqrt(max(1, rows / columns))` (`original`) or `0.2 sqrt(max(rows, columns))`
+            (`moonlight`, arXiv 2502.16982: the root mean square of AdamW's update, so that its lr can be used).
+        betas, eps: of AdamW.
+
+    Raises:
+        ValueError: an unknown kind or scaling, or a parameter that is not a matrix in a `muon` group.
+    """
+
+    def __init__(
+        self,
+        param_groups: Iterable[dict[str, Any]],
+        lr: float = 3e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        newton_schulz_steps: int = 5,
+        scaling: Scaling = "original",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        if scaling not in ("original", "moonlight"):
+            raise ValueError(f"scaling={scaling!r} is unknown: choose 'original' or 'moonlight'.")
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "newton_schulz_steps": newton_schulz_steps,
+            "scaling": scaling,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(param_groups, defaults)
+        for group in self.param_groups:
+            if group.get("kind") not in ("muon", "adamw"):
+                raise ValueError(f"kind={group.get('kind')!r} of a parameter group: choose 'muon' or 'adamw'.")
+            for parameter in group["params"]:
+                if group["kind"] == "muon" and parameter.ndim != 2:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} in a group of kind='muon', which orthogonalises "
+                        "matrices: put it into a group of kind='adamw'."
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["kind"] == "muon":
+                self._step_muon(group, parameters)
+            elif parameters:
+                self._step_adamw(group, parameters)
+        return loss
+
+    def _step_muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        stacks = defaultdict(list)
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            stacks[parameter.shape, parameter.dtype, parameter.device].append(parameter)
+        for (shape, _, _), stack in stacks.items():
+            rows, columns = shape
+            lr, momentum = group["lr"], group["momentum"]
+            grads = [p.grad for p in stack]
+            buffers = [self.state[p]["momentum_buffer"] for p in stack]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = orthogonalize(
+                torch.stack(torch._foreach_lerp(grads, buffers, momentum)), group["newton_schulz_steps"]
+            )
+            scale = (
+                math.sqrt(max(1, rows / columns))
+                if group["scaling"] == "original"
+                else 0.2 * math.sqrt(max(rows, columns))
+            )
+            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(stack, list(updates.to(stack[0].dtype).unbind()), alpha=-lr * scale)
+
+    def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[p] for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=_has_fused_kernel(parameters),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _has_fused_kernel(parameters: Iterable[torch.Tensor]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the linear layers inside the blocks, by name: what Muon is for.
+
+    A block is a numbered module (`layers.3`). Embeddings, the output head and a classifier's `score` are outside.
+    """
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", f".{name}") and module.weight.requires_grad
+    }
+
+
+def muon_adamw(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    matrix_learning_rate: float,
+    embedding_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    scaling: Scaling = "original",
+) -> MuonAdamW:
+    """Muon on `hidden_matrices(model)`, AdamW on the embeddings, the head, norms and biases.
+
+    Args:
+        learning_rate: of AdamW.
+        matrix_learning_rate: of Muon.
+        embedding_learning_rate: of the embedding tables; None: `learning_rate`.
+        weight_decay: of everything that is a matrix.
+    """
+    matrices = hidden_matrices(model)
+    embeddings = {
+        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in matrices}
+    adamw_groups = {
+        "embeddings": [p for p in rest.values() if id(p) in embeddings],
+        "head": [p for p in rest.values() if id(p) not in embeddings and p.ndim >= 2],
+        "vectors": [p for p in rest.values() if p.ndim < 2],
+    }
+    # the first group's learning rate is the one that the Trainer logs
+    groups = [
+        {"kind": "muon", "params": list(matrices.values()), "lr": matrix_learning_rate},
+        {"kind": "adamw", "params": adamw_groups["embeddings"], "lr": embedding_learning_rate or learning_rate},
+        {"kind": "adamw", "params": adamw_groups["head"], "lr": learning_rate},
+        {"kind": "adamw", "params": adamw_groups["vectors"], "lr": learning_rate, "weight_decay": 0.0},
+    ]
+    return MuonAdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        scaling=scaling,
+        betas=betas,
+        eps=eps,
+    )
+
+
+def adamw_decaying_matrices(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices (embeddings among them) and not on norms and biases; fused where it can be."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=betas,
+        eps=eps,
+        fused=_has_fused_kernel(parameters),
+    )
+
+
+class OptimizerFactory:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` calls as `OptimizerFactory()(model, **kwargs)`."""
+
+    def __call__(self, model: nn.Module, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
+        return {"muon": muon_adamw, "adamw": adamw_decaying_matrices}[kind](model, **kwargs)
+
+
+def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:
+    """The Trainer's argument of that name, from `PretrainArguments`; None leaves the choice to `--optim`."""
+    kwargs: dict[str, Any] = {
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "trainer":
+        return None
+    if args.optimizer == "muon":
+        kwargs["matrix_learning_rate"] = args.matrix_learning_rate
+        kwargs["embedding_learning_rate"] = args.embedding_learning_rate
+        kwargs["scaling"] = args.muon_scaling
+    return OptimizerFactory, {"kind": args.optimizer, **kwargs}

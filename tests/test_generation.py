@@ -1,0 +1,199 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    TextStreamer,
+    pipeline,
+)
+
+from tiny import POSITIONS, random_ids, tiny_model
+
+
+def greedy(model, ids, mask=None, new_tokens=8, **kwargs):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, **kwargs}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def by_hand(model, ids, new_tokens=8):
+    """Greedy decoding without a cache: the definition that every other way must agree with."""
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_greedy_is_the_argmax_of_each_step(name, attention):
+    model = tiny_model(name, attn_implementation=attention)
+    ids = random_ids(2, 5)
+    expected = by_hand(model, ids)
+    assert torch.equal(greedy(model, ids), expected)
+    assert torch.equal(greedy(model, ids, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_left_padded_batch_generates_what_each_row_does(name, attention):
+    model = tiny_model(name, attn_implementation=attention)
+    rows = [random_ids(1, length, seed=length) for length in (9, 3, 1, 6)]
+    ids = torch.zeros(4, 9, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row[0], 1
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        together = greedy(model, ids, mask, **options)
+        for i, row in enumerate(rows):
+            assert torch.equal(together[i, 9:], by_hand(model, row)[0, row.shape[1] :]), (options, i)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_every_cache_and_strategy_is_greedy(name):
+    model = tiny_model(name)
+    ids = random_ids(2, 5)
+    expected = by_hand(model, ids)
+    assert torch.equal(greedy(model, ids, cache_implementation="static"), expected)
+    # a prompt in pieces
+    assert torch.equal(greedy(model, ids, prefill_chunk_size=2), expected)
+    # speculation of the model by itself, and of the prompt
+    one, one_expected = ids[:1], expected[:1]
+    assert torch.equal(greedy(model, one, assistant_model=copy.deepcopy(model)), one_expected)
+    assert torch.equal(greedy(model, one, prompt_lookup_num_tokens=2), one_expected)
+    # a cache that already holds the prompt's beginning
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], past_key_values=cache)
+    assert torch.equal(greedy(model, ids, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_generate_batch_equals_greedy(name, attention):
+    model = tiny_model(name, attn_implementation=attention)
+    prompts = [random_ids(length, seed=length).tolist() for length in (7, 2, 12)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    assert len(outputs) == len(prompts)
+    model.set_attn_implementation(attention)
+    expected = {tuple(p): by_hand(model, torch.tensor([p]), 6)[0, len(p) :].tolist() for p in prompts}
+    for output in outputs.values():
+        assert output.generated_tokens == expected[tuple(output.prompt_ids)]
+
+
+def test_beams_and_samples():
+    model = tiny_model("modern")
+    ids = random_ids(2, 5)
+    beams = greedy(model, ids, num_beams=3, num_return_sequences=3)
+    assert beams.shape == (6, 13)
+
+    def log_likelihood(rows):
+        log_probabilities = model(rows).logits.log_softmax(-1)[:, 4:-1]
+        return log_probabilities.gather(-1, rows[:, 5:, None]).sum((1, 2))
+
+    # a beam of three finds nothing worse than greedy's
+    scores = log_likelihood(beams).view(2, 3)
+    assert (scores[:, 0] >= log_likelihood(by_hand(model, ids)) - 1e-3).all()
+    assert (scores.diff(dim=1) <= 1e-3).all()
+
+
+def test_padded_ids_are_never_sampled():
+    model = tiny_model("modern")
+    real = model.config.unpadded_vocab_size
+    with torch.no_grad():
+        model.lm_head.weight[real:] = 50.0
+    ids = random_ids(8, 3)
+    sampled = greedy(model, ids, do_sample=True, temperature=50.0, top_k=0, new_tokens=40)
+    assert sampled.max() < real
+    prompts = [row.tolist() for row in ids]
+    config = GenerationConfig(
+        max_new_tokens=10, do_sample=True, temperature=50.0, top_k=0, eos_token_id=-1, pad_token_id=0
+    )
+    for output in model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False).values():
+        assert max(output.generated_tokens) < real
+
+
+def test_generation_stops_at_eos_and_pads():
+    model = tiny_model("gpt2")
+    ids = random_ids(3, 4)
+    free = greedy(model, ids)
+    eos = free[0, 6].item()
+    stopped = greedy(model, ids, eos_token_id=eos)
+    for row, free_row in zip(stopped, free, strict=True):
+        ends = (free_row[4:] == eos).nonzero()
+        end = 4 + int(ends[0]) + 1 if len(ends) else len(free_row)
+        assert torch.equal(row[:end], free_row[:end])
+        assert not row[end:].any()
+
+
+def test_generating_past_a_learned_table_says_so():
+    model = tiny_model("gpt2", max_position_embeddings=12)
+    assert greedy(model, random_ids(1, 6), new_tokens=6).shape == (1, 12)
+    with pytest.raises(ValueError, match="max_position_embeddings=12"):
+        greedy(model, random_ids(1, 6), new_tokens=8)
+
+
+def test_generation_beyond_the_context_of_other_positions():
+    for name in ("transformer", "modern", "no_positions"):
+        model = tiny_model(name, max_position_embeddings=12)
+        ids = random_ids(1, 6)
+        assert torch.equal(greedy(model, ids, new_tokens=12), by_hand(model, ids, 12)), name
+
+
+def test_same_text_as_gpt2_of_transformers():
+    """An implementation that shares no code with ours, by copying its random weights matrix for matrix."""
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=64, initializer_range=0.3)
+    ).eval()
+    model = tiny_model("gpt2")
+    source = gpt2.state_dict()
+    state = {"model.embed_tokens.weight": source["transformer.wte.weight"]}
+    state["lm_head.weight"] = source["transformer.wte.weight"]
+    state["model.embed_positions.weight"] = source["transformer.wpe.weight"]
+    for kind in ("weight", "bias"):
+        state[f"model.norm.{kind}"] = source[f"transformer.ln_f.{kind}"]
+        for i in range(2):
+            ours, theirs = f"model.layers.{i}", f"transformer.h.{i}"
+            for part, tensor in zip("qkv", source[f"{theirs}.attn.c_attn.{kind}"].chunk(3, dim=-1), strict=True):
+                state[f"{ours}.self_attn.{part}_proj.{kind}"] = tensor.t()
+            for our_name, their_name in {
+                "input_layernorm": "ln_1",
+                "post_attention_layernorm": "ln_2",
+                "self_attn.o_proj": "attn.c_proj",
+                "mlp.up_proj": "mlp.c_fc",
+                "mlp.down_proj": "mlp.c_proj",
+            }.items():
+                state[f"{ours}.{our_name}.{kind}"] = source[f"{theirs}.{their_name}.{kind}"].t()
+    model.load_state_dict(state)
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=1e-5)
+    assert torch.equal(greedy(model, ids, new_tokens=20), greedy(gpt2, ids, new_tokens=20))
+
+
+def tiny_tokenizer():
+    letters = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyzĠ"]
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    return GPT2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", padding_side="left")
+
+
+def test_pipeline_writes_text():
+    model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["the cat", "a"]
+    alone = [write(p, max_new_tokens=5, do_sample=False)[0]["generated_text"] for p in prompts]
+    together = write(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
+    assert [result[0]["generated_text"] for result in together] == alone
+    for prompt, text in zip(prompts, alone, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert text == tokenizer.decode(by_hand(model, ids, 5)[0])
+
+
+def test_streaming(capsys):
+    model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
+    inputs = tokenizer("the cat", return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=5, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == tokenizer.decode(output[0]).strip()
