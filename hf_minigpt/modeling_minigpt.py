@@ -262,7 +262,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         # By leaf: transformers never initialises a parameterless container of code that is not its own.
         if isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
-            init.normal_(module.weight, mean=0.0, std=module.initial_std)
+            init.normal_(module.weight, mean=0.0, std=module.initial_std)  # type: ignore[arg-type]
 
 
 class MiniGPTModel(MiniGPTPreTrainedModel):

@@ -11,7 +11,7 @@ from tiny import SWITCHES, tiny_config
 
 
 # transformers' own fields that a saved file may spell differently from the instance
-VOLATILE = {"transformers_version", "dtype", "architectures"}
+VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures"}
 
 
 def fields(config):

@@ -157,6 +157,8 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         if entry.is_dir():
             yield from _files_below(entry, (*above, real))
         elif entry.suffix.lower() in SUFFIXES:
+            if not entry.is_file():
+                raise ValueError(f"{entry} is not a regular file but, perhaps, a link to nowhere; remove it")
             yield entry
 
 
@@ -196,7 +198,12 @@ def _read_rows(path: Path, text_column: str) -> Iterator[str]:
         rows = datasets.load_dataset(
             LOADERS[path.suffix.lower()], data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )
-        yield from _texts(rows, path, text_column)
+        has_rows = False
+        for text in _texts(rows, path, text_column):
+            has_rows = True
+            yield text
+        if not has_rows:
+            raise ValueError(f"{path} is empty; remove it or leave it out")
     except UnicodeDecodeError:
         raise
     except (ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:

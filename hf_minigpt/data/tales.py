@@ -26,6 +26,21 @@ PLACE_NOUNS = tuple("barn castle cellar chapel garden harbour inn library market
 THING_ADJECTIVES = tuple("blue broken copper dusty golden heavy painted red silver striped tiny wooden".split())
 THING_NOUNS = tuple("bell book clock drum fiddle hat kettle key kite lantern map mirror ring scarf spoon teapot".split())
 
+TRAVELS = tuple("climbed crept danced drove hurried limped marched raced rode rushed sailed skipped strolled".split()) + (
+    "travelled",
+    "walked",
+    "wandered",
+)
+PASTIMES = tuple("baking counting cooking dancing dreaming drawing humming knitting laughing reading".split()) + tuple(
+    "resting sewing singing sweeping whistling writing".split()
+)
+SPOTS = tuple("bed bench bridge carpet chair cupboard door fence hedge ladder pillow rock".split()) + tuple(
+    "stairs stove table tree".split()
+)
+TOPICS = tuple("bread dragons dreams ghosts giants gold horses love money music pirates school".split()) + tuple(
+    "stars summer winter wolves".split()
+)
+
 MAX_PLACES = 3
 MAX_THINGS = 3
 MAX_JOURNEYS = 3
@@ -197,14 +212,19 @@ SLOTS: dict[str, Slot] = {
     "other": _person(lambda world, bound: [person for person in world.people if person != bound["sleeper"]]),
     "other_place": _place(lambda world, bound: _only(world.where.get(bound["other"]))),
     # no state behind them
-    "first_time": _free("One morning", "One fine day", "Early one day", "After breakfast"),
-    "second_time": _free("At noon", "In the afternoon", "After lunch", "Later that day"),
-    "third_time": _free("At dusk", "In the evening", "At sunset", "After supper"),
-    "went": _free("walked", "hurried", "wandered", "rode", "ran", "went"),
-    "spot": _free("under a bench", "behind a wall", "beside the path", "near the well", "on a shelf", "in the grass"),
-    "pastime": _free("sang a song", "took a nap", "ate an apple", "counted the birds", "watched the clouds"),
-    "sky": _free("rain", "snow", "wind", "sun", "moon", "fog"),
-    "topic": _free("the weather", "old times", "the war", "the price of bread", "the sea", "ghosts"),
+    "first_time": _free(
+        "One morning", "At dawn", "At sunrise", "After breakfast", "One fine day", "One rainy day", "Before breakfast"
+    ),
+    "second_time": _free(
+        "At noon", "Before lunch", "After lunch", "That afternoon", "Later that day", "An hour later", "Two hours later"
+    ),
+    "third_time": _free(
+        "At dusk", "At sunset", "At nightfall", "After dinner", "Before dinner", "That evening", "Late that day"
+    ),
+    "went": _free(*TRAVELS),
+    "doing": _free(*PASTIMES),
+    "spot": _free(*SPOTS),
+    "topic": _free(*TOPICS),
 }
 
 
@@ -292,7 +312,7 @@ KINDS: dict[str, Kind] = {
         (
             "{Her} best friend was {new_person} the {new_role}, who lived in a {new_place}.",
             "{Her} cousin was {new_person} the {new_role}, who lived in a {new_place}.",
-            "{Her} only neighbour was {new_person} the {new_role}, who lived in a {new_place}.",
+            "{Her} neighbour was {new_person} the {new_role}, who lived in a {new_place}.",
         ),
         _introduce,
     ),
@@ -304,29 +324,29 @@ KINDS: dict[str, Kind] = {
     "discovery_3": _discovery("third_time"),
     "meeting": Kind(
         (
-            "There {she} met {company} the {company_role}.",
-            "{company} the {company_role} opened the door.",
-            "{company} the {company_role} was happy to see {him}.",
+            "There {subject} met {company} the {company_role}, who was {doing}.",
+            "{company} the {company_role} was there, {doing}.",
+            "{company} the {company_role} stopped {doing} and opened the door.",
         )
     ),
-    "give": Kind(("{She} gave {company} the {held}.", "{company} asked for the {held} and got it."), _give),
-    "receive": Kind(("{company} gave {him} the {company_held}.",), _receive),
-    "show": Kind(("{She} showed {company} the {held}.", "{company} praised the {held}.")),
-    "talk": Kind(("They talked about {topic}.", "They argued about {topic}.")),
+    "give": Kind(("{subject} gave {company} the {held}.", "{company} asked for the {held} and got it."), _give),
+    "receive": Kind(("{company} gave {subject} the {company_held}.",), _receive),
+    "show": Kind(("{subject} showed {company} the {held}.", "{company} praised the {held}.")),
+    "talk": Kind(("{subject} and {company} talked about {topic}.", "{subject} told {company} a story about {topic}.")),
     "question": Kind(('"Where is the {wanted}?" asked {company}.',), _ask),
     "answer_held": Kind(('"I have the {asked_held}," said {subject}.',)),
     "answer_place": Kind(('"The {asked} is in the {asked_place}," said {subject}.',)),
-    "leave": Kind(("{She} left the {held} in the {here}.", "{She} hid the {held} in the {here}."), _leave),
-    "pick_up": Kind(("{She} picked up the {lying}.", "The {lying} was still there, and {she} took it."), _pick_up),
-    "find": Kind(("{She} found a {new_thing} {spot}.",), _acquire),
+    "leave": Kind(("{subject} left the {held} in the {here}.", "{subject} hid the {held} in the {here}."), _leave),
+    "pick_up": Kind(("{subject} picked up the {lying}.", "The {lying} was still there, and {subject} took it."), _pick_up),
+    "find": Kind(("Under the {spot} {subject} found a {new_thing}.", "Behind the {spot} {subject} found a {new_thing}."), _acquire),
     "think": Kind(
         (
-            "{She} thought of {absent} the {absent_role}, who was in the {absent_place}.",
-            "{She} wrote a letter to {absent} the {absent_role}, who was in the {absent_place}.",
+            "{subject} thought of {absent} the {absent_role}, who was in the {absent_place}.",
+            "{subject} wrote to {absent} the {absent_role}, who was in the {absent_place}.",
         )
     ),
-    "keep": Kind(("{She} still had the {held}.", "{She} cleaned the {held}.")),
-    "rest": Kind(("{She} {pastime}.", "{She} looked up at the {sky} and {pastime}.")),
+    "keep": Kind(("{subject} still had the {held}.", "{subject} cleaned the {held}.")),
+    "rest": Kind(("{subject} spent an hour {doing}.", "{subject} sat down and started {doing}.")),
     "fate_kept": Kind(("In the end the {kept} belonged to {keeper}.",), starts_paragraph=True),
     "fate_left": Kind(("In the end the {left} stayed in the {left_place}.",), starts_paragraph=True),
     "night_apart": Kind(

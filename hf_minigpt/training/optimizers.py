@@ -87,6 +87,8 @@ class MuonAdamW(torch.optim.Optimizer):
             "scaling": scaling,
             "betas": betas,
             "eps": eps,
+            # load_state_dict reads it: AdamW's step counts then come back on the parameters' device
+            "fused": True,
         }
         super().__init__(param_groups, defaults)
         for group in self.param_groups:

@@ -1,0 +1,46 @@
+"""What the Trainer does not do by itself while it trains a language model."""
+
+from typing import Any
+
+from accelerate import DistributedType
+from accelerate.state import PartialState
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from .metrics import sample_texts
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training rows which epoch it is.
+
+    accelerate's data loader does so in the plain case only: not where the sampler is sharded over processes, and not
+    after a resume in the middle of an epoch.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs):
+        # whole at an epoch's beginning, and a fraction after a resume within it
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+class PrintSample(TrainerCallback):
+    """Prints what the model writes after each evaluation: watching it learn is half the fun.
+
+    Args:
+        prompt: what the text begins with.
+        max_new_tokens: its length.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str = "", max_new_tokens: int = 48):
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, model: Any = None, **kwargs):
+        # a sharded model would need all processes
+        is_sharded = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if is_sharded or not state.is_world_process_zero:
+            return
+        (text,) = sample_texts(
+            model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=self.max_new_tokens, seed=state.global_step
+        )
+        tqdm.write(f"step {state.global_step}: {text.strip()!r}")

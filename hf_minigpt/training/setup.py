@@ -1,0 +1,152 @@
+"""From flags to the things that a pretraining loop needs: text, tokenizer, model, rows."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..configuration_minigpt import MiniGPTConfig
+from ..data.corpora import Documents, load_documents
+from ..modeling_minigpt import MiniGPTForCausalLM
+from ..presets import preset
+from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
+from .arguments import DataArguments, ModelArguments
+
+
+# Entries of a tokenizer trained by default. The tales have some 300 words; for real text a small model on a CPU spends
+# most of its time in a large vocabulary's head, and the benchmark counts bits per byte, which compare across sizes.
+TALES_VOCAB_SIZE = 1024
+DEFAULT_VOCAB_SIZE = 4096
+
+
+def open_documents(args: DataArguments) -> Documents:
+    """The corpus that the flags name."""
+    return load_documents(
+        args.dataset,
+        config_name=args.dataset_config,
+        split=args.dataset_split,
+        text_column=args.text_column,
+        join_sentences=args.join_sentences,
+        max_documents=args.max_documents,
+    )
+
+
+def context_length(args: ModelArguments) -> int:
+    """Tokens in a row: the flag, else the model's own.
+
+    Raises:
+        ValueError: longer than the table of learned positions of the checkpoint to go on from.
+    """
+    if args.model is None:
+        overrides = args.overrides()
+        own = preset(args.preset, **overrides).max_position_embeddings
+        return args.context_length or own
+    config = _checkpoint_config(args)
+    own = config.max_position_embeddings
+    if args.context_length is not None and args.context_length > own and config.position_embedding_type == "learned":
+        raise ValueError(
+            f"context_length={args.context_length} is beyond the {own} learned positions of {args.model}: choose at "
+            f"most {own}."
+        )
+    return args.context_length or own
+
+
+def _checkpoint_config(args: ModelArguments) -> MiniGPTConfig:
+    assert args.model is not None
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if not isinstance(config, MiniGPTConfig):
+        raise ValueError(
+            f"model={args.model!r} is a {config.model_type}, not a MiniGPT: convert it first (hf_minigpt.conversion)."
+        )
+    return config
+
+
+def prepare_tokenizer(args: ModelArguments, documents: Documents, cache_dir: str) -> PreTrainedTokenizerFast:
+    """`--tokenizer`, else that of `--model`, else one trained on the corpus, which the cache keeps."""
+    length = context_length(args)
+    source = args.tokenizer or args.model
+    if source is not None:
+        tokenizer = load_tokenizer(
+            source, model_max_length=length, trust_remote_code=args.trust_remote_code
+        )
+        if args.model is not None:
+            check_tokenizer_fits(tokenizer, _checkpoint_config(args))
+        return tokenizer
+    is_tales = documents.name == open_documents(DataArguments()).name
+    vocab_size = args.vocab_size or (TALES_VOCAB_SIZE if is_tales else DEFAULT_VOCAB_SIZE)
+    key = hashlib.blake2b(f"{documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
+    folder = Path(cache_dir) / "tokenizers" / key
+    if not folder.is_dir():
+        _train_and_save(documents, vocab_size, length, folder)
+    return load_tokenizer(folder, model_max_length=length)
+
+
+def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:
+    tokenizer = train_tokenizer(documents, vocab_size, model_max_length=length)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # renamed when whole: other processes see all of it or nothing
+    work = tempfile.mkdtemp(dir=folder.parent)
+    tokenizer.save_pretrained(work)
+    try:
+        os.replace(work, folder)
+    except OSError:
+        # another process was first
+        shutil.rmtree(work)
+
+
+def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTConfig:
+    """The configuration of a model for this tokenizer."""
+    if args.model is not None:
+        return _checkpoint_config(args)
+    table = padded_vocab_size(tokenizer)
+    fields = {
+        "vocab_size": table,
+        "unpadded_vocab_size": len(tokenizer) if len(tokenizer) < table else None,
+        "max_position_embeddings": context_length(args),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return preset(args.preset, **(args.overrides() | fields))
+
+
+def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTForCausalLM:
+    """The model to train, in float32: the checkpoint to go on from, else a fresh one; it samples when it generates."""
+    attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    if args.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code, **attention
+        )
+    else:
+        config = build_config(args, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
+    """What to resume from: `auto` is the latest checkpoint in `output_dir`, or none.
+
+    Raises:
+        ValueError: a path that is no folder.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint.lower() in ("false", "no"):
+        return None
+    if resume_from_checkpoint.lower() in ("auto", "true"):
+        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if not os.path.isdir(resume_from_checkpoint):
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a checkpoint-N folder, or auto."
+        )
+    return resume_from_checkpoint

@@ -1,0 +1,76 @@
+"""transformers' Trainer, with an evaluation that is exact for language models and a log that counts tokens."""
+
+import time
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+
+from .arguments import PretrainArguments
+from .metrics import evaluate_language_model
+
+
+class LanguageModelTrainer(Trainer):
+    """
+    Trainer of a MiniGPTForCausalLM on rows of a token store.
+
+    - `evaluate()` reports `evaluate_language_model` of the evaluation rows.
+    - The log has `num_input_tokens_seen` and, since the last entry and without evaluations, `tokens_per_second`.
+    - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
+    """
+
+    args: PretrainArguments
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._seconds_evaluating = 0.0
+        self._logged_at = (time.perf_counter(), 0)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            num_decay_steps = min(
+                round(self.args.decay_fraction * num_training_steps), num_training_steps - num_warmup_steps
+            )
+            defaults = {"num_decay_steps": num_decay_steps, "decay_type": "linear"}
+            self.args.lr_scheduler_kwargs = defaults | (self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, *args, **kwargs):
+        self._seconds_evaluating = 0.0
+        self._logged_at = (time.perf_counter(), None)
+        return super().train(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs):
+        # the Trainer's own waits for the device in every micro-step; rows and batches are of one size everywhere
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now, tokens = time.perf_counter() - self._seconds_evaluating, self.state.num_input_tokens_seen
+            then, tokens_before = self._logged_at
+            if tokens_before is None:
+                tokens_before = self._initial_num_input_tokens_seen
+            logs["tokens_per_second"] = round((tokens - tokens_before) / (now - then), 1)
+            self._logged_at = (now, tokens)
+        # the base class would add a rate that counts evaluations, from start_time
+        super().log(logs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Metrics of `evaluate_language_model`, each name with the prefix, in the log and for the callbacks."""
+        start = time.perf_counter()
+        # only a sharded model must be called through its wrapper; DDP's would synchronise buffers for nothing
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        results = evaluate_language_model(
+            self.model_wrapped if sharded else self.model,
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            self.data_collator,
+            self.args.eval_batch_size,
+            self.accelerator,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._seconds_evaluating += time.perf_counter() - start
+        return metrics
