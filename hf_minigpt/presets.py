@@ -40,6 +40,47 @@ _MODERN = {
 }
 
 
+# A decoder of torch.nn's parts: attention with biases, post-norm, ReLU, sinusoidal positions, a head of its own.
+_POST_NORM = {
+    "norm_placement": "post",
+    "hidden_act": "relu",
+    "position_embedding_type": "sinusoidal",
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+    "residual_init": "normal",
+    "max_position_embeddings": 512,
+}
+
+# Baby GPT on characters. Queries, keys and values have no bias, output and feed-forward do; the scores are scaled by
+# the square root of the full width, as the article's code does, not of a head's.
+_BABY = {
+    "qkv_bias": False,
+    "hidden_act": "relu",
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+    "residual_init": "normal",
+    "vocab_size": 96,
+}
+
+
+def _baby(width: int, head_dim: int, heads: int, layers: int, context: int, dropout: float, **switches: Any) -> dict:
+    return (
+        _BABY
+        | {
+            "hidden_size": width,
+            "head_dim": head_dim,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "max_position_embeddings": context,
+            "attention_scaling": width**-0.5,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": dropout,
+            "resid_pdrop": dropout,
+        }
+        | switches
+    )
+
+
 def _modern(layers: int, width: int, head_dim: int, context: int, vocab_size: int = 50304) -> dict[str, Any]:
     return _MODERN | {
         "num_hidden_layers": layers,
@@ -56,7 +97,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _GPT2 | {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16},
     "gpt2-large": _GPT2 | {"num_hidden_layers": 36, "hidden_size": 1280, "num_attention_heads": 20},
     "gpt2-xl": _GPT2 | {"num_hidden_layers": 48, "hidden_size": 1600, "num_attention_heads": 25},
+    # GPT-2 trained on BookCorpus for the price of a coffee: the exact (erf) GELU, context 512
+    "gpt2-bookcorpus": _GPT2
+    | {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+        "hidden_act": "gelu",
+    },
     "gpt1": _GPT1,
+    "post-norm": _POST_NORM
+    | {
+        "vocab_size": 1000,
+        "hidden_size": 512,
+        "num_attention_heads": 1,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 1,
+    },
+    "post-norm-deep": _POST_NORM
+    | {
+        "vocab_size": 10000,
+        "hidden_size": 2048,
+        "num_attention_heads": 2,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 20,
+    },
+    # the article's two columns: a CPU's and a GPU's
+    "baby": _baby(width=16, head_dim=4, heads=2, layers=2, context=8, dropout=0.2),
+    "baby-large": _baby(width=512, head_dim=16, heads=6, layers=6, context=256, dropout=0.2),
     "minigpt-nano": _modern(layers=4, width=128, head_dim=32, context=256, vocab_size=1024),
     "minigpt-small": _modern(layers=6, width=384, head_dim=64, context=512),
     "minigpt-base": _modern(layers=12, width=768, head_dim=128, context=1024),
