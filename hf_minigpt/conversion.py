@@ -1,8 +1,8 @@
 """
 GPT-1, GPT-2, nanoGPT and NanoChat checkpoints into MiniGPT; MiniGPT into the layouts of GPT-2 and NanoChat.
 
-Parameters are renamed, transposed, split, joined and copied, never computed, so that GPT-2 -> MiniGPT -> GPT-2 gives back
-every bit. What the other side cannot express is refused by name. `compare_logits` is the proof of a conversion.
+Parameters are renamed, transposed, split, joined and copied, never computed, so that GPT-2 -> MiniGPT -> GPT-2 gives
+back every bit. What the other side cannot express is refused by name. `compare_logits` is the proof of a conversion.
 
     from hf_minigpt.conversion import compare_logits, from_gpt2, to_gpt2
 
@@ -11,7 +11,7 @@ every bit. What the other side cannot express is refused by name. `compare_logit
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from .configuration_minigpt import MiniGPTConfig
-from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel, MiniGPTPreTrainedModel
+from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 
 
-Source = PreTrainedModel | str | PathLike[str]
+PathOrName = str | PathLike[str]
+Source = PreTrainedModel | PathOrName
 State = dict[str, torch.Tensor]
 Heads = dict[type[PreTrainedModel], type[PreTrainedModel]]
 
@@ -58,7 +59,6 @@ MINIGPT_TO_GPT2: Heads = {ours: theirs for theirs, ours in GPT2_HEADS.items()}
 MINIGPT_TO_NANOCHAT: Heads = {ours: theirs for theirs, ours in NANOCHAT_HEADS.items()}
 
 HEAD_MODULES = ("lm_head", "score")
-
 # The modules of a GPT-1, GPT-2 or nanoGPT block, each with the MiniGPT modules whose rows it stacks.
 BLOCK_MODULES = {
     "ln_1": ["input_layernorm"],
@@ -69,11 +69,12 @@ BLOCK_MODULES = {
     "mlp.c_proj": ["mlp.down_proj"],
 }
 # Stored (in, out) by GPT-1 and GPT-2, (out, in) by nanoGPT and MiniGPT.
-CONV1D_MODULES = ("c_attn", "c_proj", "c_fc")
+CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 GPT1_EMBEDDINGS = ("tokens_embed", "positions_embed")
 GPT2_EMBEDDINGS = ("wte", "wpe")
+NANOCHAT_MODULES = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 
-# OpenAIGPT's `gelu` is the tanh form.
+# OpenAI's code, and transformers' with it, calls the tanh form "gelu".
 GPT1_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 CARRIED_FIELDS = (
@@ -85,11 +86,11 @@ CARRIED_FIELDS = (
     "id2label",
     "label2id",
     "problem_type",
-    "dtype",
 )
 GPT_FIELDS = ("layer_norm_epsilon", "embd_pdrop", "attn_pdrop", "resid_pdrop")
 
-# What a config must say to be expressed in the other layout; the sizes and the scale are checked beside it.
+# What a config must say to be expressed on the other side, beside its sizes and its attention scale.
+GPT2_SOURCE_NEEDS = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GPT2_NEEDS = {
     "norm_type": "layernorm",
     "norm_placement": "pre",
@@ -107,39 +108,38 @@ NANOCHAT_NEEDS = {
     "residual": True,
     "position_embedding_type": "rope",
     "qk_norm": True,
-    "head_mask": None,
     "mlp_bias": False,
+    "head_mask": None,
 }
-CLASSIFIER_NEEDS = {"pooling": "last", "auxiliary_lm_weight": 0}
+HEAD_NEEDS: dict[type[PreTrainedModel], dict[str, Any]] = {
+    GPT2LMHeadModel: {"lm_head_bias": False, "final_logit_softcapping": None},
+    GPT2ForSequenceClassification: {"pooling": "last", "auxiliary_lm_weight": 0},
+    GPT2Model: {},
+    NanoChatForCausalLM: {"lm_head_bias": False},
+    NanoChatModel: {},
+}
 
 
-def from_gpt2(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
+def from_gpt2(source: Source, **overrides: Any) -> PreTrainedModel:
     """A MiniGPT with the parameters, head, labels, token ids and dtype of a GPT-2.
+
+    `reorder_and_upcast_attn`, a matter of precision that only eager attention looks at, is left behind.
 
     Args:
         source: a `GPT2LMHeadModel`, `GPT2ForSequenceClassification` or `GPT2Model`; a folder; or a name on the Hub.
-            It is left as it is, and shares no memory with the result.
+            A model is left as it is, and shares no memory with the result.
         overrides: fields of `MiniGPTConfig` to set beside the converted ones (dropout, `pad_token_id`, ...).
 
     Returns:
-        The MiniGPT class with the source's head, in evaluation mode. `reorder_and_upcast_attn`, a matter of precision
-        that only eager attention looks at, is left behind.
+        The MiniGPT class with the source's head, on the source's device, in evaluation mode.
 
     Raises:
         ValueError: the class or a switch of the source has no counterpart, or an override is no field.
     """
-    source, target_class = load_source(source, GPT2_HEADS)
-    config = source.config
-    refuse(
-        "GPT-2",
-        [
-            f"{name}={getattr(config, name)!r} (MiniGPT has {name}=False)"
-            for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
-            if getattr(config, name)
-        ],
-        "Train without, or keep transformers' class.",
-    )
-    fields = carry(config, GPT_FIELDS) | {
+    model, minigpt_class = load_source(source, GPT2_HEADS)
+    config = model.config
+    _refuse(config, GPT2_SOURCE_NEEDS, "MiniGPT has no such switch: keep this checkpoint in transformers' own class.")
+    fields = _carry(config, *GPT_FIELDS, "use_cache") | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_inner,
@@ -148,26 +148,61 @@ def from_gpt2(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
         "max_position_embeddings": config.n_positions,
         "hidden_act": config.activation_function,
         "attention_scaling": None if config.scale_attn_weights else 1.0,
-        "use_cache": config.use_cache,
     }
-    state = gpt_to_minigpt(trunk_state(source), config.n_layer, GPT2_EMBEDDINGS)
-    return build(target_class, minigpt_config(fields, overrides), state, source)
+    state = _gpt_to_minigpt(_state(model), _gpt_modules(config.n_layer, GPT2_EMBEDDINGS))
+    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
-def from_gpt1(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
+def to_gpt2(source: Source) -> PreTrainedModel:
+    """A GPT-2 of transformers' own class with the parameters, head, labels, token ids and dtype of a MiniGPT.
+
+    Biases and norm parameters that the MiniGPT lacks become zeros and ones. Rows of a padded table from
+    `unpadded_vocab_size` on are cut off, since GPT-2 cannot mask them.
+
+    Args:
+        source: a MiniGPT with or without a head; a folder; or a name on the Hub.
+
+    Raises:
+        ValueError: with a list of the config's fields that GPT-2 cannot express.
+    """
+    model, gpt2_class = load_source(source, MINIGPT_TO_GPT2)
+    config = model.config
+    also = []
+    if config.num_attention_heads * config.head_dim != config.hidden_size:
+        also.append(f"head_dim={config.head_dim} (needs hidden_size / num_attention_heads)")
+    if config.attention_scaling not in (None, 1.0, config.head_dim**-0.5):
+        also.append(f"attention_scaling={config.attention_scaling} (needs None or 1.0)")
+    remedy = "Publish it as a MiniGPT, which carries its code, or train from preset('gpt2') to export it."
+    _refuse(config, GPT2_NEEDS | HEAD_NEEDS[gpt2_class], remedy, also)
+    gpt2_config = GPT2Config(
+        **_carry(config, *GPT_FIELDS, "use_cache"),
+        vocab_size=_num_ids(config),
+        n_embd=config.hidden_size,
+        n_inner=config.intermediate_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_positions=config.max_position_embeddings,
+        activation_function=config.hidden_act,
+        scale_attn_weights=config.attention_scaling in (None, config.head_dim**-0.5),
+    )
+    state = _minigpt_to_gpt2(_cut_padding(_state(model), config), config.num_hidden_layers)
+    return _build(gpt2_class, gpt2_config, state, model)
+
+
+def from_gpt1(source: Source, **overrides: Any) -> PreTrainedModel:
     """A MiniGPT with the parameters, head, labels, token ids and dtype of an OpenAI GPT (Radford et al., 2018).
 
     Args:
-        source: an `OpenAIGPTLMHeadModel`, `OpenAIGPTForSequenceClassification` or `OpenAIGPTModel`; a folder; or a name
-            on the Hub.
+        source: an `OpenAIGPTLMHeadModel`, `OpenAIGPTForSequenceClassification` or `OpenAIGPTModel`; a folder; or a
+            name on the Hub.
         overrides: as for `from_gpt2`.
 
     Raises:
         ValueError: the class has no counterpart, or an override is no field.
     """
-    source, target_class = load_source(source, GPT1_HEADS)
-    config = source.config
-    fields = carry(config, GPT_FIELDS) | {
+    model, minigpt_class = load_source(source, GPT1_HEADS)
+    config = model.config
+    fields = _carry(config, *GPT_FIELDS) | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,
@@ -177,47 +212,40 @@ def from_gpt1(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
         "norm_placement": "post",
         "residual_init": "normal",
     }
-    state = gpt_to_minigpt(trunk_state(source), config.n_layer, GPT1_EMBEDDINGS)
-    return build(target_class, minigpt_config(fields, overrides), state, source)
+    state = _gpt_to_minigpt(_state(model), _gpt_modules(config.n_layer, GPT1_EMBEDDINGS))
+    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
-def from_nanogpt(source: str | PathLike[str], **overrides: Any) -> MiniGPTForCausalLM:
+def from_nanogpt(source: PathOrName, **overrides: Any) -> PreTrainedModel:
     """A MiniGPT with the parameters of a nanoGPT checkpoint (github.com/karpathy/nanoGPT).
 
     The file names neither tokenizer nor end-of-text token: with GPT-2's, give `unpadded_vocab_size=50257` and
-    `eos_token_id=50256`. nanoGPT before June 2023 computed the tanh GELU: `hidden_act="gelu_new"`. Where its norms have no
-    bias, MiniGPT's have one of zero, which training would move.
+    `eos_token_id=50256`. Where nanoGPT's norms have no bias, MiniGPT's have one of zero, which training would move.
 
     Args:
-        source: `ckpt.pt`, or the folder it is in. Loaded without unpickling code.
-        overrides: as for `from_gpt2`.
+        source: `ckpt.pt`, or the folder that it is in; loaded without unpickling code.
+        overrides: as for `from_gpt2`; `hidden_act="gelu_new"` for a model of nanoGPT's first months, which
+            computed the tanh GELU.
 
     Raises:
-        ValueError: no such file, or not a nanoGPT checkpoint, or an override is no field.
+        ValueError: no such file, not a nanoGPT checkpoint, or an override is no field.
     """
-    model_args, state = read_nanogpt(source)
+    model_args, state = _read_nanogpt(source)
+    # The first checkpoints do not say: they always had biases.
     biased = model_args.get("bias", True)
-    fields = nanogpt_sizes(model_args) | {
-        "hidden_act": "gelu",
-        "qkv_bias": biased,
-        "attention_out_bias": biased,
-        "mlp_bias": biased,
-    }
-    state = gpt_to_minigpt(state, model_args["n_layer"], GPT2_EMBEDDINGS, conv1d=False)
-    return build(MiniGPTForCausalLM, minigpt_config(fields, overrides), state)
+    fields = _nanogpt_fields(model_args) | {"qkv_bias": biased, "attention_out_bias": biased, "mlp_bias": biased}
+    state = _gpt_to_minigpt(state, _gpt_modules(model_args["n_layer"], GPT2_EMBEDDINGS), conv1d=False)
+    return _build(MiniGPTForCausalLM, _minigpt_config(fields, overrides), state)
 
 
-def nanogpt_as_gpt2(source: str | PathLike[str]) -> GPT2LMHeadModel:
-    """The same nanoGPT checkpoint in transformers' own class: what `from_nanogpt` is compared with."""
-    model_args, state = read_nanogpt(source)
-    state = {name: tensor.t() if is_conv1d_weight(name) else tensor for name, tensor in state.items()}
-    config = GPT2Config(
-        **nanogpt_sizes(model_args), activation_function="gelu", bos_token_id=None, eos_token_id=None, use_cache=True
-    )
-    return build(GPT2LMHeadModel, config, state)
+def nanogpt_as_gpt2(source: PathOrName) -> PreTrainedModel:
+    """The same nanoGPT checkpoint in transformers' `GPT2LMHeadModel`: what `from_nanogpt` is compared with."""
+    model_args, state = _read_nanogpt(source)
+    state = {name: tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor for name, tensor in state.items()}
+    return _build(GPT2LMHeadModel, GPT2Config(**_nanogpt_fields(model_args)), state)
 
 
-def from_nanochat(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
+def from_nanochat(source: Source, **overrides: Any) -> PreTrainedModel:
     """A MiniGPT with the parameters, token ids and dtype of a NanoChat (github.com/karpathy/nanochat).
 
     NanoChat turns queries and keys the other way round than Llama and MiniGPT: the halves of each head change places.
@@ -227,23 +255,21 @@ def from_nanochat(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
         overrides: as for `from_gpt2`.
 
     Raises:
-        ValueError: keys and values are shared by heads, the class has no counterpart, or an override is no field.
+        ValueError: heads share keys and values, the class has no counterpart, or an override is no field.
     """
-    source, target_class = load_source(source, NANOCHAT_HEADS)
-    config = source.config
-    if config.num_key_value_heads != config.num_attention_heads:
-        refuse(
-            "NanoChat",
-            [f"num_key_value_heads={config.num_key_value_heads} (MiniGPT has num_attention_heads of them)"],
-            f"Convert one with num_key_value_heads={config.num_attention_heads}, or keep transformers' class.",
-        )
-    fields = carry(config) | {
+    model, minigpt_class = load_source(source, NANOCHAT_HEADS)
+    config = model.config
+    remedy = "MiniGPT's heads each have their own keys and values: keep this checkpoint in transformers' own class."
+    _refuse(config, {"num_key_value_heads": config.num_attention_heads}, remedy)
+    # No field of NanoChatConfig, but NanoChat reads it.
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    fields = _carry(config, "use_cache") | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "head_dim": source.base_model.layers[0].self_attn.head_dim if len(source.base_model.layers) else None,
+        "head_dim": head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": config.hidden_act,
         "norm_type": "rmsnorm",
@@ -260,60 +286,15 @@ def from_nanochat(source: Source, **overrides: Any) -> MiniGPTPreTrainedModel:
         "embd_pdrop": 0.0,
         "attn_pdrop": config.attention_dropout,
         "resid_pdrop": 0.0,
-        "use_cache": config.use_cache,
     }
-    minigpt = minigpt_config(fields, overrides)
-    state = {
-        name.replace("mlp.fc1", "mlp.up_proj").replace("mlp.fc2", "mlp.down_proj"): tensor
-        for name, tensor in turn_round(trunk_state(source), minigpt.head_dim).items()
-    }
-    return build(target_class, minigpt, state, source)
-
-
-def to_gpt2(source: Source) -> PreTrainedModel:
-    """A GPT-2 of transformers' own class with the parameters, head, labels, token ids and dtype of a MiniGPT.
-
-    Biases and norm parameters that the MiniGPT lacks become zeros and ones. Rows of a padded table beyond
-    `unpadded_vocab_size` are cut off, since GPT-2 cannot mask them.
-
-    Args:
-        source: a MiniGPT with or without a head; a folder; or a name on the Hub.
-
-    Raises:
-        ValueError: with a list of the config's fields that GPT-2 cannot express.
-    """
-    source, target_class = load_source(source, MINIGPT_TO_GPT2)
-    config = source.config
-    needs = dict(GPT2_NEEDS)
-    if isinstance(source, MiniGPTForCausalLM):
-        needs |= {"lm_head_bias": False, "final_logit_softcapping": None}
-    obstacles = unmet(source, needs)
-    if config.num_attention_heads * config.head_dim != config.hidden_size:
-        obstacles.append(f"head_dim={config.head_dim} (needs hidden_size / num_attention_heads)")
-    if config.attention_scaling not in (None, 1.0, config.head_dim**-0.5):
-        obstacles.append(f"attention_scaling={config.attention_scaling} (needs None or 1.0)")
-    refuse_export("GPT-2", "gpt2", obstacles)
-
-    target_config = GPT2Config(
-        **carry(config, GPT_FIELDS),
-        vocab_size=num_ids(config),
-        n_embd=config.hidden_size,
-        n_inner=config.intermediate_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_positions=config.max_position_embeddings,
-        activation_function=config.hidden_act,
-        scale_attn_weights=config.attention_scaling in (None, config.head_dim**-0.5),
-        use_cache=config.use_cache,
-    )
-    state = minigpt_to_gpt2(cut_padding(trunk_state(source), config), config.num_hidden_layers)
-    return build(target_class, target_config, state, source)
+    state = _rename(_turn_round(_state(model), head_dim), NANOCHAT_MODULES)
+    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
 def to_nanochat(source: Source) -> PreTrainedModel:
     """A NanoChat of transformers' own class with the parameters, token ids and dtype of a MiniGPT.
 
-    As `to_gpt2` for missing biases and padded tables. Dropout outside attention, which NanoChat lacks and only training
+    Missing biases and padded tables as in `to_gpt2`. Dropout outside attention, which NanoChat lacks and only training
     would notice, is left behind.
 
     Args:
@@ -322,24 +303,20 @@ def to_nanochat(source: Source) -> PreTrainedModel:
     Raises:
         ValueError: with a list of the config's fields that NanoChat cannot express.
     """
-    source, target_class = load_source(source, MINIGPT_TO_NANOCHAT)
-    config = source.config
-    needs = dict(NANOCHAT_NEEDS)
-    if isinstance(source, MiniGPTForCausalLM):
-        needs["lm_head_bias"] = False
-    obstacles = unmet(source, needs)
+    model, nanochat_class = load_source(source, MINIGPT_TO_NANOCHAT)
+    config = model.config
+    also = []
     if config.attention_scaling not in (None, config.head_dim**-0.5):
-        obstacles.append(f"attention_scaling={config.attention_scaling} (needs None)")
-    refuse_export("NanoChat", "minigpt-base", obstacles)
-
-    target_config = NanoChatConfig(
-        **carry(config),
-        vocab_size=num_ids(config),
+        also.append(f"attention_scaling={config.attention_scaling} (needs None)")
+    remedy = "Publish it as a MiniGPT, which carries its code, or train from a minigpt-* preset to export it."
+    _refuse(config, NANOCHAT_NEEDS | HEAD_NEEDS[nanochat_class], remedy, also)
+    nanochat_config = NanoChatConfig(
+        **_carry(config, "use_cache", "head_dim"),
+        vocab_size=_num_ids(config),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
         hidden_act=config.hidden_act,
         attention_dropout=config.attn_pdrop,
@@ -347,52 +324,49 @@ def to_nanochat(source: Source) -> PreTrainedModel:
         rope_parameters=copy.deepcopy(config.rope_parameters),
         final_logit_softcapping=config.final_logit_softcapping,
         attention_bias=config.qkv_bias or config.attention_out_bias,
-        use_cache=config.use_cache,
     )
-    state = {
-        name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2"): tensor
-        for name, tensor in turn_round(cut_padding(trunk_state(source), config), config.head_dim).items()
-    }
-    return build(target_class, target_config, state, source)
+    state = _turn_round(_cut_padding(_state(model), config), config.head_dim)
+    state = _rename(state, {ours: theirs for theirs, ours in NANOCHAT_MODULES.items()})
+    return _build(nanochat_class, nanochat_config, state, model)
 
 
 @torch.no_grad()
 def compare_logits(
     one: PreTrainedModel, other: PreTrainedModel, *, num_rows: int = 2, num_tokens: int = 64, seed: int = 0
 ) -> float:
-    """The largest absolute difference between two models' logits (hidden states, without a head), in fp32, on random ids.
+    """The largest absolute difference between the logits of two models (hidden states, without a head), in fp32.
 
     Args:
-        num_rows: how many random rows are read, one by one.
+        num_rows: how many rows of random ids both read, one by one.
         num_tokens: their length, cut to the shorter context of the two.
-        seed: of the random ids, drawn among those that both tables have; ids beyond an `unpadded_vocab_size` are neither
-            drawn nor compared.
+        seed: of the ids, drawn among those that both tables have. Ids from `unpadded_vocab_size` on, which MiniGPT
+            masks, are neither drawn nor compared.
     """
     configs = (one.config, other.config)
-    vocab_size = min(num_ids(config) for config in configs)
+    num_ids = min(_num_ids(config) for config in configs)
     length = min(num_tokens, *(config.max_position_embeddings for config in configs))
-    # A row that ended in the padding token would be pooled elsewhere by a classifier that looks for padding.
-    drawn = torch.tensor([i for i in range(vocab_size) if i not in {config.pad_token_id for config in configs}])
+    # A classifier that looks for padding would pool a row that ends in the padding token elsewhere.
+    drawn = torch.tensor([i for i in range(num_ids) if i not in [config.pad_token_id for config in configs]])
     rows = drawn[torch.randint(len(drawn), (num_rows, 1, length), generator=torch.Generator().manual_seed(seed))]
-    difference = 0.0
-    answers = zip(*(read(model, rows, vocab_size) for model in (one, other)), strict=True)
-    for mine, others in answers:
-        difference = max(difference, (mine - others).abs().max().item())
-    return difference
+    pairs = zip(_answers(one, rows, num_ids), _answers(other, rows, num_ids), strict=True)
+    # torch's maximum, unlike Python's, lets no NaN get lost.
+    return torch.stack([(mine - others).abs().max() for mine, others in pairs]).max().item()
 
 
-def read(model: PreTrainedModel, rows: torch.Tensor, vocab_size: int) -> Iterable[torch.Tensor]:
-    """Logits or hidden states of each row of ids (N, 1, T), on the CPU in fp32."""
+def _answers(model: PreTrainedModel, rows: torch.Tensor, num_ids: int) -> Iterator[torch.Tensor]:
+    """Logits or hidden states of each row of ids (N, 1, T), in fp32, on the CPU."""
     if model.training or model.dtype != torch.float32:
         model = copy.deepcopy(model).float().eval()
     for input_ids in rows.to(model.device):
         output = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        answer = output.logits if "logits" in output else output.last_hidden_state
-        # (1, T, V) of a language model
-        yield (answer[..., :vocab_size] if "logits" in output and answer.dim() == 3 else answer).cpu()
+        if "logits" not in output:
+            yield output.last_hidden_state.cpu()
+        else:
+            # (1, T, V) of a language model, (1, num_labels) of a classifier
+            yield output.logits[..., :num_ids].cpu() if output.logits.dim() == 3 else output.logits.cpu()
 
 
-def detect_layout(source: str | PathLike[str]) -> str:
+def detect_layout(source: PathOrName) -> str:
     """The layout of a checkpoint on disk or on the Hub: a key of `FROM`, or "minigpt".
 
     Raises:
@@ -405,40 +379,42 @@ def detect_layout(source: str | PathLike[str]) -> str:
     layouts = {"gpt2": "gpt2", "openai-gpt": "gpt1", "nanochat": "nanochat", "minigpt": "minigpt"}
     if model_type not in layouts:
         raise ValueError(
-            f"{source} has model_type={model_type!r}, which does not convert: choose a checkpoint of "
-            f"{', '.join(layouts)} or a nanoGPT ckpt.pt."
+            f"{source} has model_type={model_type!r}, which does not convert: give a checkpoint of type "
+            f"{', '.join(layouts)}, or nanoGPT's ckpt.pt."
         )
     return layouts[model_type]
 
 
 def load_source(source: Source, heads: Heads) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
-    """The source, loaded in its own class where it is a folder or a Hub name, and the class that `heads` turns it into."""
+    """The source, loaded by its own class where it is a folder or a Hub name, and what `heads` says it becomes."""
     if isinstance(source, PreTrainedModel):
         name = type(source).__name__
     else:
         config = AutoConfig.from_pretrained(source)
-        # A config.json without architectures: every layout lists its language model first.
+        # Without architectures it is taken for a language model, which every layout lists first.
         name = config.architectures[0] if config.architectures else next(iter(heads)).__name__
-    # By name: a MiniGPT loaded from the Hub's code is another class object.
+    # By name: a MiniGPT that runs the Hub's copy of the code is another class object.
     by_name = {source_class.__name__: source_class for source_class in heads}
     if name not in by_name:
         raise ValueError(
-            f"{name} does not convert here: give one of {', '.join(by_name)}, or load the checkpoint's trunk as one of "
-            "these and give that."
+            f"{name} does not convert here: give one of {', '.join(by_name)}. Another head's trunk converts after "
+            "loading the checkpoint with one of these."
         )
     model = source if isinstance(source, PreTrainedModel) else by_name[name].from_pretrained(source)
     return model, heads[by_name[name]]
 
 
-def _refuse(layout: str, obstacles: list[str], remedy: str) -> None:
+def _refuse(config: PreTrainedConfig, needs: dict[str, Any], remedy: str, also: Iterable[str] = ()) -> None:
+    values = {name: getattr(config, name) for name in needs}
+    obstacles = [f"{name}={value!r} (needs {needs[name]!r})" for name, value in values.items() if value != needs[name]]
+    obstacles += [
+        f"{name}=0 (needs at least 1)"
+        for name in ("num_hidden_layers", "intermediate_size")
+        if config.to_dict().get(config.attribute_map.get(name, name)) == 0
+    ]
+    obstacles += also
     if obstacles:
-        raise ValueError(f"{layout} cannot be converted with {', '.join(obstacles)}. {remedy}")
-
-
-def _obstacles(config: PreTrainedConfig, needs: dict[str, Any]) -> list[str]:
-    found = [f"{name}={getattr(config, name)!r} (needs {need!r})" for name, need in needs.items() if getattr(config, name) != need]
-    sizes = ("num_hidden_layers", "intermediate_size")
-    return found + [f"{name}=0 (needs at least 1)" for name in sizes if getattr(config, name) == 0]
+        raise ValueError(f"No conversion for {config.model_type} with {', '.join(obstacles)}. {remedy}")
 
 
 def _carry(config: PreTrainedConfig, *more: str) -> dict[str, Any]:
@@ -446,20 +422,20 @@ def _carry(config: PreTrainedConfig, *more: str) -> dict[str, Any]:
 
 
 def _num_ids(config: PreTrainedConfig) -> int:
-    """Ids that are not padding of the table; only MiniGPT knows of padding."""
+    """How many ids are a token's; only MiniGPT's config tells them from the table's padding."""
     return getattr(config, "unpadded_vocab_size", None) or config.vocab_size
 
 
 def _minigpt_config(fields: dict[str, Any], overrides: dict[str, Any]) -> MiniGPTConfig:
-    overrides = {MiniGPTConfig.attribute_map.get(name, name): value for name, value in overrides.items()}
-    unknown = overrides.keys() - MiniGPTConfig.__dataclass_fields__.keys()
+    known = MiniGPTConfig.__dataclass_fields__.keys() | MiniGPTConfig.attribute_map.keys()
+    unknown = overrides.keys() - known
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no field of MiniGPTConfig, see its docstring for their names.")
-    return MiniGPTConfig(**{**fields, **overrides})
+        raise ValueError(f"{', '.join(sorted(unknown))}: no field of MiniGPTConfig; its docstring lists them.")
+    return MiniGPTConfig(**(fields | overrides))
 
 
 def _state(model: PreTrainedModel) -> State:
-    """The parameters by the names that they have in the model without a head."""
+    """The parameters, by the names that they have in the model without a head."""
     prefix = model.base_model_prefix + "."
     return {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
 
@@ -470,13 +446,13 @@ def _build(
     state: State,
     source: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """A model with copies of `state` (names as `_state` gives them), and the source's device and generation config."""
+    """A model with copies of `state`, whose names are those of `_state`, and with the source's generation config."""
     with no_init_weights():
         model = model_class(config)
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
     state = {name if name.startswith(HEAD_MODULES) else prefix + name: tensor for name, tensor in state.items()}
     expected = model.state_dict()
-    # The language-model head that a classifier was finetuned with (GPT-1's auxiliary loss) has no use in another layout.
+    # A classifier's language-model head serves its training alone.
     assert all(name.startswith("lm_head.") for name in state.keys() - expected.keys())
 
     example = next(iter(state.values()))
@@ -486,91 +462,94 @@ def _build(
             copies[name] = state[name].detach().clone(memory_format=torch.contiguous_format)
         elif tensor.dim() == 1:
             # What is not there does nothing: a bias of 0, a norm's weight of 1.
-            copies[name] = torch.full_like(tensor, name.endswith("weight"), dtype=example.dtype, device=example.device)
+            fill_value = float(name.endswith("weight"))
+            copies[name] = torch.full_like(tensor, fill_value, dtype=example.dtype, device=example.device)
         elif name not in model.all_tied_weights_keys:
             raise ValueError(f"The source has no parameters for {name}: drop the override that asks for it.")
-    # assign: the source's dtype, parameter by parameter, while rotary frequencies stay in fp32.
+    # assign: each parameter comes in the source's dtype, while rotary frequencies stay in fp32.
     model.load_state_dict(copies, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = example.dtype
     if source is not None and source.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
-    return model.to(example.device).eval()
+    return model.to(example.device).eval()  # type: ignore[arg-type]
 
 
-def _is_conv1d_weight(name: str) -> bool:
-    return name.endswith(tuple(f"{module}.weight" for module in CONV1D_MODULES))
-
-
-def _gpt_modules(num_layers: int, embeddings: tuple[str, str] = GPT2_EMBEDDINGS) -> dict[str, list[str]]:
+def _gpt_modules(num_layers: int, embeddings: tuple[str, str]) -> dict[str, list[str]]:
     """Every module of a GPT-1, GPT-2 or nanoGPT, with the MiniGPT modules whose rows it stacks."""
-    tokens, positions = embeddings
-    modules = {tokens: ["embed_tokens"], positions: ["embed_positions"], "ln_f": ["norm"]}
+    modules = {embeddings[0]: ["embed_tokens"], embeddings[1]: ["embed_positions"]}
     for layer in range(num_layers):
         for theirs, ours in BLOCK_MODULES.items():
             modules[f"h.{layer}.{theirs}"] = [f"layers.{layer}.{module}" for module in ours]
-    return modules | {head: [head] for head in HEAD_MODULES}
+    return modules | {"ln_f": ["norm"]} | {head: [head] for head in HEAD_MODULES}
 
 
 def _gpt_to_minigpt(state: State, modules: dict[str, list[str]], conv1d: bool = True) -> State:
     converted = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
-        if conv1d and _is_conv1d_weight(name):
+        if conv1d and name.endswith(CONV1D_WEIGHTS):
             tensor = tensor.t()
-        for ours, part in zip(modules[module], tensor.chunk(len(modules[module])), strict=True):
-            converted[f"{ours}.{kind}"] = part
+        for ours, rows in zip(modules[module], tensor.chunk(len(modules[module])), strict=True):
+            converted[f"{ours}.{kind}"] = rows
     return converted
 
 
-def _minigpt_to_gpt2(state: State, modules: dict[str, list[str]]) -> State:
+def _minigpt_to_gpt2(state: State, num_layers: int) -> State:
     converted = {}
-    for module, ours in modules.items():
+    for module, ours in _gpt_modules(num_layers, GPT2_EMBEDDINGS).items():
         for kind in ("weight", "bias"):
             if f"{ours[0]}.{kind}" in state:
                 name = f"{module}.{kind}"
                 tensor = torch.cat([state[f"{part}.{kind}"] for part in ours])
-                converted[name] = tensor.t() if _is_conv1d_weight(name) else tensor
+                converted[name] = tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor
     return converted
 
 
-def _cut_padding(state: State, config: PreTrainedConfig) -> State:
-    tables = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    return {name: tensor[: _num_ids(config)] if name in tables else tensor for name, tensor in state.items()}
+def _rename(state: State, modules: dict[str, str]) -> State:
+    for old, new in modules.items():
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    return state
 
 
 def _turn_round(state: State, head_dim: int) -> State:
-    """Swap the halves of each head in queries and keys; twice is not at all."""
+    """Swap the halves of each head in queries and keys, which turns their rotation round; twice changes nothing."""
     turned = dict(state)
     for name, tensor in state.items():
         if "q_proj." in name or "k_proj." in name:
-            halves = tensor.unflatten(0, (-1, 2, head_dim // 2))  # (H, 2, D / 2) and, of weights, C
-            turned[name] = halves.flip(1).flatten(0, 2)
+            # (H, 2, D / 2), and C where it is a weight
+            turned[name] = tensor.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
     return turned
 
 
-def _read_nanogpt(source: str | PathLike[str]) -> tuple[dict[str, Any], State]:
+def _cut_padding(state: State, config: PreTrainedConfig) -> State:
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    return {name: tensor[: _num_ids(config)] if name in tables else tensor for name, tensor in state.items()}
+
+
+def _read_nanogpt(source: PathOrName) -> tuple[dict[str, Any], State]:
     path = Path(source)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{source}: no such file; give nanoGPT's ckpt.pt or the folder that it is in.")
+        raise ValueError(f"{path}: no such file; give nanoGPT's ckpt.pt or the folder that it is in.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} lacks the entries 'model' and 'model_args': it is not a nanoGPT checkpoint.")
-    # A compiled model's names begin with _orig_mod; before PyTorch 2, nanoGPT saved the causal mask.
-    weights = {
+        raise ValueError(
+            f"{path} has no entries 'model' and 'model_args': give a ckpt.pt that nanoGPT's train.py wrote."
+        )
+    # A compiled model's names begin with _orig_mod; without flash attention the causal mask is among them.
+    state = {
         name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
         for name, tensor in checkpoint["model"].items()
         if not name.endswith(".attn.bias")
     }
-    return checkpoint["model_args"], weights
+    return checkpoint["model_args"], state
 
 
 def _nanogpt_fields(model_args: dict[str, Any]) -> dict[str, Any]:
-    """What GPT2Config and MiniGPTConfig both understand."""
-    sizes = {name: model_args[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    """What MiniGPTConfig and GPT2Config read alike."""
     dropout = model_args.get("dropout", 0.0)
-    return sizes | {
+    return {name: model_args[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
         "n_positions": model_args["block_size"],
         "activation_function": "gelu",
         "embd_pdrop": dropout,

@@ -305,3 +305,48 @@ def is_plain_linear(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def auxiliary_lm_loss(
+    lm_head: nn.Linear,
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    is_text: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    num_ids: int | None = None,
+) -> torch.Tensor:
+    """
+    The language-model loss beside a classifier's (Radford et al., 2018): for each row its mean over tokens, summed
+    over the rows, float32.
+
+    Args:
+        hidden_states: (B, T, D).
+        input_ids: (B, T), the labels before the shift.
+        is_text: (B, T), False on padding.
+        softcap, num_ids: as in `finish_logits`.
+
+    Raises:
+        ValueError: the batch came as embeddings.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "auxiliary_lm_weight above 0 needs input_ids, the language model's labels: with inputs_embeds set it to 0."
+        )
+    targets = shift(input_ids.masked_fill(~is_text, -100), -100).masked_fill(~is_text, -100)
+    lengths = (targets != -100).sum(-1, keepdim=True).clamp(min=1)
+    row_weights = (1 / lengths).expand_as(targets).flatten()
+    hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
+    if is_plain_linear(lm_head):
+        total, _ = linear_cross_entropy(
+            hidden_states,
+            lm_head.weight,
+            lm_head.bias,
+            targets,
+            row_weights=row_weights,
+            softcap=softcap,
+            num_ids=num_ids,
+        )
+        return total
+    logits = finish_logits(lm_head(hidden_states), softcap, num_ids).float()
+    return (F.cross_entropy(logits, targets, reduction="none") * row_weights).sum()

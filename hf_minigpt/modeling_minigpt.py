@@ -8,7 +8,6 @@ length, S key length, C hidden size, H heads, D head_dim, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_minigpt import MiniGPTConfig
 from .functional_minigpt import (
     apply_rotary,
+    auxiliary_lm_loss,
     causal_lm_loss,
     check_positions,
     classification_loss,
@@ -62,9 +62,6 @@ class MiniGPTRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.normalized_shape[0]}, eps={self.eps}, affine={self.weight is not None}"
 
 
 def build_norm(config: MiniGPTConfig) -> nn.Module:
@@ -568,10 +565,16 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
             loss = divide(loss, num_items_in_batch, labels, -100)
             if self.lm_head is not None:
                 labels_per_row = max(labels.numel() // labels.shape[0], 1)
-                auxiliary_loss = self.auxiliary_loss(hidden_states, input_ids, is_text)
-                loss = loss + self.config.auxiliary_lm_weight * labels_per_row * divide(
-                    auxiliary_loss, num_items_in_batch, labels, -100
+                auxiliary_loss = auxiliary_lm_loss(
+                    self.lm_head,
+                    hidden_states,
+                    input_ids,
+                    is_text,
+                    softcap=self.config.final_logit_softcapping,
+                    num_ids=self.config.unpadded_vocab_size,
                 )
+                auxiliary_loss = divide(auxiliary_loss * labels_per_row, num_items_in_batch, labels, -100)
+                loss = loss + self.config.auxiliary_lm_weight * auxiliary_loss
 
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -580,28 +583,6 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def auxiliary_loss(self, hidden_states, input_ids, is_text) -> torch.Tensor:
-        """Summed over the rows: the mean over a row's tokens of the language-model loss."""
-        if input_ids is None:
-            raise ValueError(
-                f"auxiliary_lm_weight={self.config.auxiliary_lm_weight} needs input_ids, the language model's labels: "
-                "with inputs_embeds set it to 0."
-            )
-        targets = shift(input_ids.masked_fill(~is_text, -100), -100)
-        targets = targets.masked_fill(~is_text, -100)
-        lengths = (targets != -100).sum(-1, keepdim=True).clamp(min=1)
-        row_weights = (1 / lengths).expand_as(targets).flatten()
-        options: dict[str, Any] = {
-            "softcap": self.config.final_logit_softcapping,
-            "num_ids": self.config.unpadded_vocab_size,
-        }
-        if is_plain_linear(self.lm_head):
-            weight, bias = self.lm_head.weight, self.lm_head.bias
-            hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
-            return linear_cross_entropy(hidden_states, weight, bias, targets, row_weights=row_weights, **options)[0]
-        logits = finish_logits(self.lm_head(hidden_states), **options).flatten(0, 1)
-        return (F.cross_entropy(logits.float(), targets.flatten(), reduction="none") * row_weights).sum()
 
 
 def build_lm_head(config: MiniGPTConfig) -> nn.Linear:
