@@ -348,7 +348,8 @@ def compare_logits(
     # A classifier that looks for padding would pool a row that ends in the padding token elsewhere.
     drawn = torch.tensor([i for i in range(num_ids) if i not in [config.pad_token_id for config in configs]])
     rows = drawn[torch.randint(len(drawn), (num_rows, 1, length), generator=torch.Generator().manual_seed(seed))]
-    pairs = zip(_answers(one, rows, num_ids), _answers(other, rows, num_ids), strict=True)
+    # One after the other: in half precision each is copied to fp32.
+    pairs = zip(*([*_answers(model, rows, num_ids)] for model in (one, other)), strict=True)
     # torch's maximum, unlike Python's, lets no NaN get lost.
     return torch.stack([(mine - others).abs().max() for mine, others in pairs]).max().item()
 
