@@ -20,30 +20,97 @@ from dataclasses import dataclass, field
 WOMEN = ("Anna", "Clara", "Dora", "Flora", "Greta", "Lena", "Mira", "Ruth")
 MEN = ("Bruno", "Emil", "Felix", "Hugo", "Jonas", "Otto", "Paul", "Simon")
 NAMES = WOMEN + MEN
-ROLES = tuple("baker carpenter fiddler gardener miller painter potter sailor shepherd tailor teacher weaver".split())
-PLACE_ADJECTIVES = tuple("crooked green lonely misty narrow quiet ruined snowy sunny warm white windy".split())
-PLACE_NOUNS = tuple("barn castle cellar chapel garden harbour inn library market mill tower workshop".split())
-THING_ADJECTIVES = tuple("blue broken copper dusty golden heavy painted red silver striped tiny wooden".split())
-THING_NOUNS = tuple("bell book clock drum fiddle hat kettle key kite lantern map mirror ring scarf spoon teapot".split())
-
-TRAVELS = tuple("climbed crept danced drove hurried limped marched raced rode rushed sailed skipped strolled".split()) + (
+ROLES = ("baker", "carpenter", "gardener", "miller", "painter", "potter", "sailor", "shepherd", "tailor", "weaver")
+PLACES = ("barn", "castle", "chapel", "garden", "harbour", "library", "market", "mill", "tower", "workshop")
+PLACE_ADJECTIVES = (
+    "bright",
+    "cold",
+    "dark",
+    "lonely",
+    "narrow",
+    "noisy",
+    "quiet",
+    "small",
+    "sunny",
+    "warm",
+    "white",
+    "windy",
+)
+THINGS = ("bell", "book", "clock", "drum", "hat", "kettle", "key", "lantern", "map", "mirror", "ring", "teapot")
+THING_ADJECTIVES = (
+    "blue",
+    "broken",
+    "copper",
+    "dusty",
+    "golden",
+    "heavy",
+    "painted",
+    "red",
+    "silver",
+    "striped",
+    "tiny",
+    "wooden",
+)
+TRAVELS = (
+    "climbed",
+    "crept",
+    "drove",
+    "hurried",
+    "marched",
+    "raced",
+    "rode",
+    "sailed",
+    "skipped",
+    "strolled",
     "travelled",
     "walked",
-    "wandered",
 )
-PASTIMES = tuple("baking counting cooking dancing dreaming drawing humming knitting laughing reading".split()) + tuple(
-    "resting sewing singing sweeping whistling writing".split()
+PASTIMES = (
+    "baking",
+    "cooking",
+    "dancing",
+    "drawing",
+    "humming",
+    "knitting",
+    "reading",
+    "resting",
+    "sewing",
+    "singing",
+    "whistling",
+    "writing",
 )
-SPOTS = tuple("bed bench bridge carpet chair cupboard door fence hedge ladder pillow rock".split()) + tuple(
-    "stairs stove table tree".split()
+SPOTS = (
+    "bed",
+    "bench",
+    "bridge",
+    "carpet",
+    "chair",
+    "cupboard",
+    "fence",
+    "hedge",
+    "ladder",
+    "stairs",
+    "table",
+    "tree",
 )
-TOPICS = tuple("bread dragons dreams ghosts giants gold horses love money music pirates school".split()) + tuple(
-    "stars summer winter wolves".split()
+TOPICS = (
+    "dragons",
+    "ghosts",
+    "giants",
+    "gold",
+    "horses",
+    "love",
+    "money",
+    "music",
+    "pirates",
+    "stars",
+    "winter",
+    "wolves",
 )
 
 MAX_PLACES = 3
 MAX_THINGS = 3
-MAX_JOURNEYS = 3
+MAX_JOURNEYS = 2
 MAX_DEEDS = 2
 
 
@@ -57,7 +124,8 @@ class World:
         places: The known places.
         keeper: For each known thing the person who holds it or the place where it lies.
         subject: The person whom "she" or "he" means.
-        asked: The thing that somebody has just asked for.
+        asked: The thing that `asker` has just asked for.
+        asker: Who asked the last question.
         kind: The kind of the last sentence.
         num_journeys: Journeys so far.
         num_deeds: What happened since the last journey.
@@ -69,6 +137,7 @@ class World:
     keeper: dict[str, str] = field(default_factory=dict)
     subject: str = ""
     asked: str = ""
+    asker: str = ""
     kind: str = ""
     num_journeys: int = 0
     num_deeds: int = 0
@@ -92,6 +161,11 @@ class World:
     def absent_from(self, person: str) -> list[str]:
         """The people who are in another place than `person`."""
         return [other for other in self.roles if other != person and self.where[other] != self.where.get(person)]
+
+    @property
+    def present(self) -> list[str]:
+        """The people in the place where the subject is, in the order of introduction."""
+        return [person for person in self.roles if self.where[person] == self.here]
 
     @property
     def here(self) -> str:
@@ -125,16 +199,6 @@ def _any_of(values: Sequence[str]) -> str:
     return "|".join(map(re.escape, values))
 
 
-def _pair(adjectives: Sequence[str], nouns: Sequence[str]) -> str:
-    return f"(?:{_any_of(adjectives)}) (?:{_any_of(nouns)})"
-
-
-def _unused_pairs(adjectives: Sequence[str], nouns: Sequence[str], used: Sequence[str]) -> Options:
-    """No two places, and no two things, of a tale share a word: the adjective alone tells which is meant."""
-    used_words = {word for pair in used for word in pair.split()}
-    return [f"{a} {n}" for a in adjectives if a not in used_words for n in nouns if n not in used_words]
-
-
 def _only(value: str | None) -> Options:
     return [value] if value else []
 
@@ -144,11 +208,11 @@ def _person(options: Callable[[World, Values], Options]) -> Slot:
 
 
 def _place(options: Callable[[World, Values], Options]) -> Slot:
-    return Slot(_pair(PLACE_ADJECTIVES, PLACE_NOUNS), options, is_claim=True)
+    return Slot(_any_of(PLACES), options, is_claim=True)
 
 
 def _thing(options: Callable[[World, Values], Options]) -> Slot:
-    return Slot(_pair(THING_ADJECTIVES, THING_NOUNS), options, is_claim=True)
+    return Slot(_any_of(THINGS), options, is_claim=True)
 
 
 def _role_of(slot: str) -> Slot:
@@ -165,28 +229,22 @@ SLOTS: dict[str, Slot] = {
     "new_role": Slot(
         _any_of(ROLES), lambda world, bound: [role for role in ROLES if role not in world.roles.values()]
     ),
-    "new_place": Slot(
-        _pair(PLACE_ADJECTIVES, PLACE_NOUNS),
-        lambda world, bound: _unused_pairs(PLACE_ADJECTIVES, PLACE_NOUNS, world.places),
-    ),
-    "new_thing": Slot(
-        _pair(THING_ADJECTIVES, THING_NOUNS),
-        lambda world, bound: _unused_pairs(THING_ADJECTIVES, THING_NOUNS, world.things),
-    ),
+    "place_adjective": _free(*PLACE_ADJECTIVES),
+    "new_place": Slot(_any_of(PLACES), lambda world, bound: [place for place in PLACES if place not in world.places]),
+    "thing_adjective": _free(*THING_ADJECTIVES),
+    "new_thing": Slot(_any_of(THINGS), lambda world, bound: [thing for thing in THINGS if thing not in world.keeper]),
+    "same_thing": _thing(lambda world, bound: _only(bound.get("new_thing"))),
     # the subject
-    "She": _pronoun("She", "He"),
-    "she": _pronoun("she", "he"),
     "Her": _pronoun("Her", "His"),
-    "her": _pronoun("her", "his"),
-    "him": _pronoun("her", "him"),
     "subject": _person(lambda world, bound: _only(world.subject)),
     "here": _place(lambda world, bound: _only(world.here)),
     "held": _thing(lambda world, bound: world.things_of(world.subject)),
+    "held_again": _thing(lambda world, bound: [bound["held"]]),
     "lying": _thing(lambda world, bound: world.things_of(world.here)),
     # the others
     "company": _person(lambda world, bound: world.company_of(world.subject)),
+    "subject_role": Slot(_any_of(ROLES), lambda world, bound: _only(world.roles.get(world.subject)), is_claim=True),
     "company_role": _role_of("company"),
-    "company_held": _thing(lambda world, bound: world.things_of(bound["company"])),
     "absent": _person(lambda world, bound: world.absent_from(world.subject)),
     "absent_role": _role_of("absent"),
     "absent_place": _place(lambda world, bound: _only(world.where.get(bound["absent"]))),
@@ -195,13 +253,24 @@ SLOTS: dict[str, Slot] = {
     "goal": _place(
         lambda world, bound: [place for place in world.places if place != world.where.get(bound["traveller"])]
     ),
-    # questions
-    "wanted": _thing(
-        lambda world, bound: [thing for thing in world.things if world.keeper[thing] not in world.company_of(world.subject)]
+    # two people in one place
+    "giver": _person(lambda world, bound: [person for person in world.present if world.things_of(person)]),
+    "given": _thing(lambda world, bound: world.things_of(bound["giver"])),
+    "receiver": _person(lambda world, bound: world.company_of(bound["giver"])),
+    "speaker": _person(lambda world, bound: world.present),
+    "listener": _person(lambda world, bound: world.company_of(bound["speaker"])),
+    "wanted": _thing(lambda world, bound: world.things),
+    "asker": _person(
+        lambda world, bound: [person for person in world.present if person != world.keeper.get(bound["wanted"])]
     ),
+    "answerer": _person(lambda world, bound: world.company_of(world.asker)),
     "asked": _thing(lambda world, bound: _only(world.asked)),
-    "asked_held": _thing(lambda world, bound: _only(world.asked if world.asked in world.things_of(world.subject) else None)),
-    "asked_place": _place(lambda world, bound: [place for place in world.places if place == world.keeper.get(world.asked)]),
+    "asked_held": _thing(
+        lambda world, bound: _only(world.asked if world.keeper.get(world.asked) in world.roles else "")
+    ),
+    "asked_place": _place(
+        lambda world, bound: [place for place in world.places if place == world.keeper.get(world.asked)]
+    ),
     # the end
     "kept": _thing(lambda world, bound: [thing for thing, holder in world.keeper.items() if holder in world.roles]),
     "keeper": _person(lambda world, bound: _only(world.keeper.get(bound["kept"]))),
@@ -216,10 +285,7 @@ SLOTS: dict[str, Slot] = {
         "One morning", "At dawn", "At sunrise", "After breakfast", "One fine day", "One rainy day", "Before breakfast"
     ),
     "second_time": _free(
-        "At noon", "Before lunch", "After lunch", "That afternoon", "Later that day", "An hour later", "Two hours later"
-    ),
-    "third_time": _free(
-        "At dusk", "At sunset", "At nightfall", "After dinner", "Before dinner", "That evening", "Late that day"
+        "At noon", "Before lunch", "After lunch", "That afternoon", "Later that day", "An hour later"
     ),
     "went": _free(*TRAVELS),
     "doing": _free(*PASTIMES),
@@ -262,11 +328,7 @@ def _travel(world: World, values: Values) -> None:
 
 
 def _give(world: World, values: Values) -> None:
-    world.keeper[values["held"]] = values["company"]
-
-
-def _receive(world: World, values: Values) -> None:
-    world.keeper[values["company_held"]] = world.subject
+    world.keeper[values["given"]] = values["receiver"]
 
 
 def _pick_up(world: World, values: Values) -> None:
@@ -278,7 +340,7 @@ def _leave(world: World, values: Values) -> None:
 
 
 def _ask(world: World, values: Values) -> None:
-    world.asked = values["wanted"]
+    world.asked, world.asker = values["wanted"], values["asker"]
 
 
 def _journey(time: str) -> Kind:
@@ -286,87 +348,111 @@ def _journey(time: str) -> Kind:
 
 
 def _discovery(time: str) -> Kind:
-    return Kind((f"{{{time}}} {{traveller}} {{went}} to a {{new_place}}.",), _travel, starts_paragraph=True)
+    return Kind(
+        (f"{{{time}}} {{traveller}} {{went}} to a {{place_adjective}} {{new_place}}.",), _travel, starts_paragraph=True
+    )
 
 
 KINDS: dict[str, Kind] = {
     "opening": Kind(
         (
             "Once upon a time, {new_person} the {new_role} lived in a {new_place}.",
-            "This is the story of {new_person} the {new_role}, who lived in a {new_place}.",
+            "This is a tale of {new_person} the {new_role}, who lived in a {new_place}.",
             "Long ago, {new_person} the {new_role} lived all alone in a {new_place}.",
             "Everybody knew {new_person} the {new_role}, who lived in a {new_place}.",
         ),
         _introduce,
     ),
+    "home": Kind(
+        (
+            "The {subject_role} liked the {here}, because it was {place_adjective}.",
+            "The {subject_role} found the {here} too {place_adjective}.",
+        )
+    ),
     "treasure": Kind(
         (
-            "{She} owned a {new_thing}.",
-            "{She} loved nothing more than a {new_thing}.",
-            "{Her} grandmother had left {him} a {new_thing}.",
-            "Every day {she} carried a {new_thing}.",
+            "The {subject_role} owned a {thing_adjective} {new_thing} and was proud of the {same_thing}.",
+            "{Her} aunt gave the {subject_role} a {thing_adjective} {new_thing} but missed the {same_thing}.",
+            "The {subject_role} carried a {thing_adjective} {new_thing} and often polished the {same_thing}.",
         ),
         _acquire,
     ),
     "friend": Kind(
         (
-            "{Her} best friend was {new_person} the {new_role}, who lived in a {new_place}.",
-            "{Her} cousin was {new_person} the {new_role}, who lived in a {new_place}.",
-            "{Her} neighbour was {new_person} the {new_role}, who lived in a {new_place}.",
+            "{new_person} the {new_role}, a friend of {subject}, lived in a {new_place}.",
+            "{new_person} the {new_role}, a cousin of {subject}, lived in a {new_place}.",
+            "Not far away, {new_person} the {new_role} lived in a {new_place}.",
         ),
         _introduce,
     ),
     "journey_1": _journey("first_time"),
     "journey_2": _journey("second_time"),
-    "journey_3": _journey("third_time"),
     "discovery_1": _discovery("first_time"),
     "discovery_2": _discovery("second_time"),
-    "discovery_3": _discovery("third_time"),
     "meeting": Kind(
         (
-            "There {subject} met {company} the {company_role}, who was {doing}.",
-            "{company} the {company_role} was there, {doing}.",
-            "{company} the {company_role} stopped {doing} and opened the door.",
+            "In the {here} {subject} met {company} the {company_role}, who was {doing}.",
+            "{company} the {company_role} was in the {here}, {doing}.",
+            "{company} the {company_role} stopped {doing} and opened the door of the {here}.",
         )
     ),
-    "give": Kind(("{subject} gave {company} the {held}.", "{company} asked for the {held} and got it."), _give),
-    "receive": Kind(("{company} gave {subject} the {company_held}.",), _receive),
-    "show": Kind(("{subject} showed {company} the {held}.", "{company} praised the {held}.")),
-    "talk": Kind(("{subject} and {company} talked about {topic}.", "{subject} told {company} a story about {topic}.")),
-    "question": Kind(('"Where is the {wanted}?" asked {company}.',), _ask),
-    "answer_held": Kind(('"I have the {asked_held}," said {subject}.',)),
-    "answer_place": Kind(('"The {asked} is in the {asked_place}," said {subject}.',)),
+    "give": Kind(("{giver} gave {receiver} the {given}.", "{giver} handed the {given} to {receiver}."), _give),
+    "show": Kind(("{giver} showed {receiver} the {given}.",)),
+    "talk": Kind(
+        ("{speaker} and {listener} talked about {topic}.", "{speaker} told {listener} a story about {topic}.")
+    ),
+    "question": Kind(('"Where is the {wanted}?" asked {asker}.',), _ask),
+    "answer_held": Kind(('"I have the {asked_held}," said {answerer}.',)),
+    "answer_place": Kind(('"The {asked} is in the {asked_place}," said {answerer}.',)),
     "leave": Kind(("{subject} left the {held} in the {here}.", "{subject} hid the {held} in the {here}."), _leave),
-    "pick_up": Kind(("{subject} picked up the {lying}.", "The {lying} was still there, and {subject} took it."), _pick_up),
-    "find": Kind(("Under the {spot} {subject} found a {new_thing}.", "Behind the {spot} {subject} found a {new_thing}."), _acquire),
+    "pick_up": Kind(
+        ("{subject} picked up the {lying}.", "The {lying} was still there, and {subject} took it."), _pick_up
+    ),
+    "find": Kind(
+        (
+            "Under the {spot} {subject} found a {thing_adjective} {new_thing}, and nobody claimed the {same_thing}.",
+            "Behind the {spot} {subject} found a {thing_adjective} {new_thing}, and nobody claimed the {same_thing}.",
+        ),
+        _acquire,
+    ),
     "think": Kind(
         (
             "{subject} thought of {absent} the {absent_role}, who was in the {absent_place}.",
             "{subject} wrote to {absent} the {absent_role}, who was in the {absent_place}.",
         )
     ),
-    "keep": Kind(("{subject} still had the {held}.", "{subject} cleaned the {held}.")),
-    "rest": Kind(("{subject} spent an hour {doing}.", "{subject} sat down and started {doing}.")),
-    "fate_kept": Kind(("In the end the {kept} belonged to {keeper}.",), starts_paragraph=True),
-    "fate_left": Kind(("In the end the {left} stayed in the {left_place}.",), starts_paragraph=True),
+    "keep": Kind(
+        (
+            "{subject} still had the {held} and cleaned the {held_again}.",
+            "{subject} looked at the {held} and loved the {held_again}.",
+        )
+    ),
+    "rest": Kind(
+        ("{subject} spent an hour {doing} in the {here}.", "{subject} liked the {here} and started {doing}.")
+    ),
+    "fate_kept": Kind(("At last the {kept} belonged to {keeper}.",), starts_paragraph=True),
+    "fate_left": Kind(
+        ("At last the {left} stayed in the {left_place}.",),
+        starts_paragraph=True,
+    ),
     "night_apart": Kind(
         (
             "That night {sleeper} slept in the {sleeper_place} and {other} in the {other_place}.",
-            "When the stars came out, {sleeper} was in the {sleeper_place} and {other} in the {other_place}.",
+            "At midnight {sleeper} was in the {sleeper_place} and {other} in the {other_place}.",
         )
     ),
     "night_together": Kind(
         (
             "That night {sleeper} and {other} slept in the {sleeper_place}.",
-            "When the stars came out, {sleeper} and {other} were in the {sleeper_place}.",
+            "At midnight {sleeper} and {other} were in the {sleeper_place}.",
         )
     ),
     "moral": Kind(
         (
-            "And that was the end of the day.",
-            "They told the story for years.",
+            "And so the day ended.",
+            "People told it for years.",
             "Nobody ever forgot it.",
-            "The next day everything began again.",
+            "Then the moon came out.",
         )
     ),
 }
@@ -375,22 +461,23 @@ END = "end"
 
 def _scene(world: World) -> dict[str, float]:
     """What may happen in the place where the subject has gone."""
+    arriving = world.num_deeds == 0
     holds = bool(world.things_of(world.subject))
     weights: dict[str, float] = {}
-    if lying := world.things_of(world.here):
-        weights["pick_up"] = 2 * len(lying)
-    if company := world.company_of(world.subject):
-        weights["talk"] = 1
-        if holds:
-            weights["give"] = 2
+    if arriving and world.things_of(world.here):
+        weights["pick_up"] = 8
+    if world.company_of(world.subject):
+        weights["talk"] = 2
+        if any(world.things_of(person) for person in world.present):
             weights["show"] = 1
-        if world.things_of(company[0]):
-            weights["receive"] = 2
-        if not world.num_deeds and any(holder not in company for holder in world.keeper.values()):
+            # nothing goes back at once
+            if world.kind != "give":
+                weights["give"] = 4
+        if arriving:
             weights["question"] = 2
         return weights
     weights["think"] = 2
-    weights["rest"] = 1
+    weights["rest"] = 2
     if len(world.keeper) < MAX_THINGS:
         weights["find"] = 2
     if holds:
@@ -404,13 +491,12 @@ def _onward(world: World) -> dict[str, float]:
     number = world.num_journeys + 1
     weights: dict[str, float] = {}
     if number <= MAX_JOURNEYS:
-        weights[f"journey_{number}"] = 3
+        weights[f"journey_{number}"] = 2
         if len(world.places) < MAX_PLACES:
             weights[f"discovery_{number}"] = 1
-    if number > 2:
-        held = sum(keeper in world.roles for keeper in world.keeper.values())
-        weights["fate_kept"] = held
-        weights["fate_left"] = len(world.keeper) - held
+    else:
+        num_kept = sum(keeper in world.roles for keeper in world.keeper.values())
+        weights["fate_kept"], weights["fate_left"] = num_kept, len(world.keeper) - num_kept
     return weights
 
 
@@ -424,12 +510,14 @@ def continuations(world: World) -> dict[str, float]:
     kind = world.kind
     if not kind:
         return {"opening": 1.0}
-    if kind in ("opening", "treasure") and len(world.people) == 1:
-        return {"treasure" if kind == "opening" else "friend": 1.0}
-    if kind == "friend":
+    if kind in ("opening", "friend"):
+        return {"home": 1.0}
+    if kind == "home":
         return {"treasure": 1.0}
+    if kind == "treasure" and len(world.people) == 1:
+        return {"friend": 1.0}
     if kind == "question":
-        return {"answer_held" if world.asked in world.things_of(world.subject) else "answer_place": 1.0}
+        return {"answer_held" if world.keeper.get(world.asked) in world.roles else "answer_place": 1.0}
     if kind.startswith(("journey", "discovery")) and world.company_of(world.subject):
         return {"meeting": 1.0}
     if kind.startswith("fate"):
@@ -443,19 +531,20 @@ def continuations(world: World) -> dict[str, float]:
         return _normalize(_onward(world))
     if world.num_deeds == 0:
         return _normalize(_scene(world))
-    if world.num_deeds < MAX_DEEDS:
-        return _normalize(_scene(world), 0.5) | _normalize(_onward(world), 0.5)
+    if world.num_deeds < MAX_DEEDS and world.num_journeys < MAX_JOURNEYS:
+        return _normalize(_scene(world), 0.4) | _normalize(_onward(world), 0.6)
     return _normalize(_onward(world))
 
 
-_NOT_DEEDS = ("opening", "treasure", "friend", "journey", "discovery", "meeting", "question", "fate", "night", "moral")
+# what fills a scene; a question counts when it is answered
+DEEDS = {"give", "show", "talk", "answer_held", "answer_place", "leave", "pick_up", "find", "think", "keep", "rest"}
 
 
 def advance(world: World, kind: str, values: Values) -> None:
     """Change `world` as a sentence of that kind with those slot values does."""
     KINDS[kind].effect(world, values)
     world.kind = kind
-    world.num_deeds += not kind.startswith(_NOT_DEEDS)
+    world.num_deeds += kind in DEEDS
 
 
 @dataclass(frozen=True)
@@ -475,6 +564,16 @@ def _pick(options: Options, rng: random.Random) -> str:
     return options[int(rng.random() * len(options))]
 
 
+def _draw(weights: Mapping[str, float], rng: random.Random) -> str:
+    threshold = rng.random()
+    for outcome, probability in weights.items():
+        threshold -= probability
+        if threshold < 0:
+            return outcome
+    # rounding left the sum a hair below one
+    return outcome
+
+
 def _separator(kind: str) -> str:
     return "\n\n" if KINDS[kind].starts_paragraph else " "
 
@@ -484,11 +583,7 @@ def generate_tale(rng: random.Random) -> Tale:
     world, text, log2_probability = World(), "", 0.0
     while True:
         weights = continuations(world)
-        threshold = rng.random()
-        for kind, probability in weights.items():
-            threshold -= probability
-            if threshold < 0:
-                break
+        kind = _draw(weights, rng)
         log2_probability += math.log2(weights[kind])
         if kind == END:
             return Tale(text, log2_probability, world)
@@ -580,7 +675,10 @@ class TaleReport:
 
 
 def parse(text: str) -> TaleReport:
-    """Read any text as a tale. An unfinished last sentence is left out; a sentence with a false claim changes nothing."""
+    """Read any text as a tale.
+
+    An unfinished last sentence is left out. A sentence with a false claim changes nothing.
+    """
     world, num_parsed, num_claims, num_true = World(), 0, 0, 0
     sentences = split_sentences(text)
     if sentences and not _SENTENCE_END.search(sentences[-1]):
@@ -590,7 +688,9 @@ def parse(text: str) -> TaleReport:
         if match is None:
             continue
         kind, values = match
-        claims = [value in SLOTS[name].options(world, values) for name, value in values.items() if SLOTS[name].is_claim]
+        claims = [
+            value in SLOTS[name].options(world, values) for name, value in values.items() if SLOTS[name].is_claim
+        ]
         num_parsed += 1
         num_claims += len(claims)
         num_true += sum(claims)
