@@ -14,6 +14,7 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[d], x[d + D/2]) of x (B, H, T, D) by its position's angle, in Llama's direction."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, T, D) -> (B, 1, T, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -160,7 +161,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
     if problem_type == "regression":
         return F.mse_loss(logits.view_as(labels), labels.float(), reduction="sum")
     if problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.view(-1), reduction="sum")
+        return F.cross_entropy(logits, labels.view(-1).long(), reduction="sum")
     return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
 
 

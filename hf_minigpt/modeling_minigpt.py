@@ -111,7 +111,7 @@ class MiniGPTRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.float()  # (B or 1, T, D / 2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B or 1, 1, T, D)
+        angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
@@ -261,6 +261,16 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)  # type: ignore[arg-type]
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; `new_num_tokens` becomes the number of real ids, rows that padding adds are masked."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            is_padded = self.config.vocab_size > new_num_tokens
+            self.config.unpadded_vocab_size = new_num_tokens if is_padded else None
+        return embeddings
+
 
 class MiniGPTModel(MiniGPTPreTrainedModel):
     """The decoder without a head: token ids (B, T) or embeddings (B, T, C) to hidden states (B, T, C)."""
@@ -355,18 +365,21 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         if position_ids is None or inputs_embeds.shape[1] == 1 or not starts_empty:
             # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
             return create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values)
-        # An empty cache holds nothing to attend to. It must not be passed on: create_causal_mask looks for documents
-        # only without a cache and without a mask, and otherwise lets them attend to each other.
-        if attention_mask is None:
-            return create_causal_mask(self.config, inputs_embeds, None, None, position_ids=position_ids)
-        document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
-        if document_ids is None or attention_mask.ndim == 4:
+        document_ids = None
+        if attention_mask is None or attention_mask.ndim == 2:
+            document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+        if document_ids is None:
             return create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+        # create_causal_mask looks for documents only without a cache and without a mask: it has to be told of them.
+        if past_key_values is not None:
+            # The keys of a static cache are as many as it can hold.
+            num_keys, _ = past_key_values.get_mask_sizes(document_ids.shape[1], 0)
+            document_ids = F.pad(document_ids, (0, num_keys - document_ids.shape[1]), value=-1)
         return create_causal_mask(
             self.config,
             inputs_embeds,
             attention_mask,
-            None,
+            past_key_values,
             and_mask_function=packed_sequence_mask_function(document_ids),
         )
 
@@ -445,10 +458,13 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         if skip_logits and self.loss_function is causal_lm_loss and is_plain_linear(self.lm_head):
             loss, num_correct = self.loss_without_logits(hidden_states, labels, **loss_kwargs)
         else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            if not has_labels:
+                hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
+            logits = self.lm_head(hidden_states)
             num_ids = self.config.unpadded_vocab_size
-            if self.training and not has_labels and num_ids is not None:
-                # The loss will be computed elsewhere, for example the Trainer's smoothed one, which sums over all ids.
+            loss_elsewhere = not has_labels and (self.training or "num_items_in_batch" in loss_kwargs)
+            if loss_elsewhere and num_ids is not None:
+                # For example the Trainer's smoothed loss, in training and in evaluation, which sums over all ids.
                 logits = logits[..., :num_ids]
             logits = finish_logits(logits, self.config.final_logit_softcapping, num_ids)
             if has_labels:
@@ -459,6 +475,9 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
                     num_correct = count_hits(logits, labels, **loss_kwargs)
             if skip_logits:
                 logits = None
+            elif has_labels:
+                # Only now: the loss is that of all positions.
+                logits = slice_logits_to_keep(logits, logits_to_keep)
 
         return MiniGPTCausalLMOutput(
             loss=loss,
@@ -494,7 +513,6 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
     2018): the mean over rows of each row's mean over tokens.
     """
 
-    _tp_plan = {"lm_head": "colwise_gather_output"}
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: MiniGPTConfig):
@@ -504,6 +522,7 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         self.lm_head = None
         if config.auxiliary_lm_weight > 0:
             self._tied_weights_keys = MiniGPTForCausalLM._tied_weights_keys
+            self._tp_plan = MiniGPTForCausalLM._tp_plan
             self.lm_head = build_lm_head(config)
         self.post_init()
 

@@ -1,5 +1,6 @@
 """Named configurations: the published GPTs, and the small modern ones that the recipes start from."""
 
+import dataclasses
 from typing import Any
 
 from .configuration_minigpt import MiniGPTConfig
@@ -73,6 +74,9 @@ def _baby(width: int, head_dim: int, heads: int, layers: int, context: int, drop
             "num_hidden_layers": layers,
             "max_position_embeddings": context,
             "attention_scaling": width**-0.5,
+            # of torch's linear layers of that width, which the article leaves as they are: at 0.02 a stack without
+            # residual connections would pass on nothing
+            "initializer_range": (3 * width) ** -0.5,
             "embd_pdrop": 0.0,
             "attn_pdrop": dropout,
             "resid_pdrop": dropout,
@@ -133,6 +137,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The climb to Baby GPT: what each rung has not yet, or has instead, of the preset. The norm is over the width, as a
+# LayerNorm's must be; the article's hand-written one averages over the batch.
+_NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0}
+_NO_NORM = _NO_DROPOUT | {"norm_type": "none"}
+_NO_RESIDUAL = _NO_NORM | {"residual": False}
+_ONE_BLOCK = _NO_RESIDUAL | {"num_hidden_layers": 1}
+_NO_MLP = _ONE_BLOCK | {"intermediate_size": 0}
+BABY_RUNGS: dict[str, dict[str, Any]] = {
+    # `baby_rung` makes the first as wide as the vocabulary, a table of the next token's scores, and the second's head
+    # as wide as the several together
+    "bigram": _NO_MLP | {"num_hidden_layers": 0, "position_embedding_type": "none"},
+    "one-head": _NO_MLP | {"num_attention_heads": 1},
+    "several-heads": _NO_MLP,
+    "feed-forward": _ONE_BLOCK,
+    "blocks": _NO_RESIDUAL,
+    "residual": _NO_NORM,
+    "layer-norm": _NO_DROPOUT,
+    "dropout": {},
+    # as large as a CPU trains in a minute or two; the article's, for a GPU, is the preset baby-large
+    "scaled-up": _baby(width=64, head_dim=16, heads=4, layers=4, context=64, dropout=0.0),
+}
+
+
 def preset(name: str, **overrides: Any) -> MiniGPTConfig:
     """
     The configuration called `name`, with any field overridden.
@@ -142,14 +169,48 @@ def preset(name: str, **overrides: Any) -> MiniGPTConfig:
         overrides: fields of `MiniGPTConfig`, by our names or GPT-2's.
 
     Raises:
-        ValueError: no preset has that name.
+        ValueError: no preset, or no field, has that name.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
     aliases = MiniGPTConfig.attribute_map
+    known = {field.name for field in dataclasses.fields(MiniGPTConfig)} | {
+        *aliases,
+        "num_labels",
+        "attn_implementation",
+    }
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"MiniGPTConfig has no field {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
     fields = PRESETS[name] | {aliases.get(key, key): value for key, value in overrides.items()}
     for token in ("bos_token_id", "eos_token_id"):
         # Another, smaller vocabulary has other special tokens.
         if token not in overrides and fields.get(token) is not None and fields[token] >= fields["vocab_size"]:
             fields[token] = None
     return MiniGPTConfig(**fields)
+
+
+def baby_rung(name: str, base: str = "baby", **overrides: Any) -> MiniGPTConfig:
+    """
+    The configuration of one rung of the climb to Baby GPT.
+
+    Args:
+        name: a key of `BABY_RUNGS`.
+        base: the preset that the climb leads to, `baby` or `baby-large`.
+        overrides: fields of `MiniGPTConfig`; those that make the rung win.
+
+    Raises:
+        ValueError: no rung or no preset has that name.
+    """
+    if name not in BABY_RUNGS:
+        raise ValueError(f"rung {name!r} is unknown: choose one of {', '.join(BABY_RUNGS)}.")
+    aliases = MiniGPTConfig.attribute_map
+    overrides = {aliases.get(key, key): value for key, value in overrides.items()}
+    whole = preset(base, **overrides)
+    fields = overrides | BABY_RUNGS[name]
+    if name == "bigram":
+        fields["hidden_size"] = whole.vocab_size
+    if name == "one-head":
+        assert whole.head_dim is not None
+        fields["head_dim"] = whole.num_attention_heads * whole.head_dim
+    return preset(base, **(fields | {"vocab_size": whole.vocab_size}))

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: train one, load one, and tell whether it fits a model.
+"""Tokenizers: train one (byte-level BPE, words or characters), load one, and tell whether it fits a model.
 
 `<|endoftext|>` begins, ends and separates documents, as in GPT-2; `<|pad|>` is a token of its own, because a padding
 token that equals the end token teaches a model never to stop.
@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 
 if TYPE_CHECKING:
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+UNKNOWN = "<|unk|>"
 
 # GPT-2's vocabulary and merges: as transformers names the files, and as OpenAI released them
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_MAX_LENGTH = 1024
+
+# Where Raschka's first tokenizers split (Build a Large Language Model From Scratch, chapter 2). Python's \s also has
+# the four separators of ASCII.
+WORD_BORDERS = r"[\s\x1c-\x1f]"
+PUNCTUATION = r"--|[,.:;?_!\"()']"
+# The signs that lose the space before them in decoding: in the tokenizer without an unknown token, and with one
+REJOINED = {False: ",.?!\"()'", True: ",.:;?!\"()'"}
 
 
 def train_tokenizer(
@@ -65,6 +74,100 @@ def train_tokenizer(
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     return _with_our_conventions(fast, model_max_length)
+
+
+def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreTrainedTokenizerFast:
+    """One token for each character (Unicode code point) of `texts`, in their order, after the special tokens.
+
+    Text of these characters decodes to itself. Any other character is `<|unk|>`, so that a prompt is never refused.
+
+    Args:
+        texts: documents; read once.
+        model_max_length: the model's context, in characters.
+    """
+    alphabet: set[str] = set()
+    for text in texts:
+        alphabet.update(text)
+    vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, UNKNOWN, *sorted(alphabet)])}
+    # a BPE without merges: its tokens stay single characters
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, fuse_unk=False))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=UNKNOWN, pad_token=PAD
+    )
+    return _with_our_conventions(fast, model_max_length)
+
+
+def train_word_tokenizer(
+    texts: Iterable[str], *, model_max_length: int, unknown_token: bool = True
+) -> PreTrainedTokenizerFast:
+    """The word-level tokenizers of Raschka's *Build a Large Language Model (From Scratch)*, chapter 2, with his ids.
+
+    Text is split at white space and around ``, . : ; ? _ ! " ( ) '`` and `--`. The ids are the words of `texts` in
+    sorted order, then `<|endoftext|>`, `<|unk|>` and `<|pad|>`. Decoding joins by spaces and takes away the one before
+    a punctuation mark. A text's own `<|endoftext|>` between spaces is that token, as it is there, also in a corpus.
+
+    Args:
+        texts: documents; read once.
+        model_max_length: the model's context, in words.
+        unknown_token: True for `SimpleTokenizerV2`: other words are `<|unk|>`, and `:` and `;` are rejoined too. False
+            for `SimpleTokenizerV1`: another word is a ValueError that names it.
+    """
+    tokenizer = Tokenizer(models.WordLevel(vocab={}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_BORDERS), "removed"),
+            pre_tokenizers.Split(Regex(PUNCTUATION), "isolated"),
+        ]
+    )
+    words: set[str] = set()
+    for text in texts:
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    special = [END_OF_TEXT, UNKNOWN] if unknown_token else [END_OF_TEXT]
+    tokens = [*sorted(words - {END_OF_TEXT, UNKNOWN, PAD}), *special]
+    tokenizer.model = models.WordLevel(vocab={token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            # a space before every token that does not begin with one, and none does
+            decoders.WordPiece(prefix=" ", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(f" (?=[{REJOINED[unknown_token]}])"), ""),
+        ]
+    )
+    tokenizer_class = PreTrainedTokenizerFast if unknown_token else StrictWordTokenizer
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PAD}
+    if unknown_token:
+        names["unk_token"] = UNKNOWN
+    return _with_our_conventions(tokenizer_class(tokenizer_object=tokenizer, **names), model_max_length)
+
+
+class StrictWordTokenizer(PreTrainedTokenizerFast):
+    """A word-level tokenizer without an unknown token, whose error names the words that it does not know."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        try:
+            return super()._encode_plus(text, *args, **kwargs)
+        except Exception as error:
+            # the tokenizers library raises no narrower class
+            if "Missing [UNK] token" not in str(error):
+                raise
+            raise ValueError(
+                f"the tokenizer has no token for {', '.join(map(repr, self._unknown_words(text)))}, and no unknown "
+                "token: leave these words out, or use a tokenizer with unknown_token=True"
+            ) from error
+
+    def _unknown_words(self, text: Any) -> list[str]:
+        if not isinstance(text, str):
+            return list(dict.fromkeys(word for part in text for word in self._unknown_words(part)))
+        for token in self.all_special_tokens:
+            text = text.replace(token, " ")
+        vocabulary = self.get_vocab()
+        words = self.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return list(dict.fromkeys(word for word, _ in words if word not in vocabulary))
+
+
+# By this name AutoTokenizer finds the class of a saved tokenizer.
+REGISTERED_TOKENIZER_CLASSES[StrictWordTokenizer.__name__] = StrictWordTokenizer
 
 
 def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:

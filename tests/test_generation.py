@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     GPT2Config,
@@ -19,6 +20,15 @@ def greedy(model, ids, mask=None, new_tokens=8, **kwargs):
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, **kwargs}
     return model.generate(ids, attention_mask=mask, **options)
+
+
+def continuous(model, prompts, new_tokens, **kwargs):
+    # Small pages, few of them: left alone the paged cache takes most of the memory.
+    batching = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64)
+    config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **kwargs)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=batching)
+    assert len(outputs) == len(prompts)
+    return {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
 
 
 def by_hand(model, ids, new_tokens=8):
@@ -76,16 +86,12 @@ def test_every_cache_and_strategy_is_greedy(name):
 def test_generate_batch_equals_greedy(name, attention):
     model = tiny_model(name, attn_implementation=attention)
     prompts = [random_ids(length, seed=length).tolist() for length in (7, 2, 12)]
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    assert len(outputs) == len(prompts)
-    model.set_attn_implementation(attention)
-    expected = {tuple(p): by_hand(model, torch.tensor([p]), 6)[0, len(p) :].tolist() for p in prompts}
-    for output in outputs.values():
-        assert output.generated_tokens == expected[tuple(output.prompt_ids)]
+    generated = continuous(model, prompts, 6, do_sample=False)
+    for prompt in prompts:
+        assert generated[tuple(prompt)] == by_hand(model, torch.tensor([prompt]), 6)[0, len(prompt) :].tolist()
 
 
-def test_beams_and_samples():
+def test_beams():
     model = tiny_model("modern")
     ids = random_ids(2, 5)
     beams = greedy(model, ids, num_beams=3, num_return_sequences=3)
@@ -109,12 +115,8 @@ def test_padded_ids_are_never_sampled():
     ids = random_ids(8, 3)
     sampled = greedy(model, ids, do_sample=True, temperature=50.0, top_k=0, new_tokens=40)
     assert sampled.max() < real
-    prompts = [row.tolist() for row in ids]
-    config = GenerationConfig(
-        max_new_tokens=10, do_sample=True, temperature=50.0, top_k=0, eos_token_id=-1, pad_token_id=0
-    )
-    for output in model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False).values():
-        assert max(output.generated_tokens) < real
+    for generated in continuous(model, ids.tolist(), 10, do_sample=True, temperature=50.0, top_k=0).values():
+        assert max(generated) < real
 
 
 def test_generation_stops_at_eos_and_pads():

@@ -167,9 +167,7 @@ def test_another_ignore_index(skip_logits):
 def test_nothing_to_learn_teaches_nothing(name, skip_logits, num_items):
     model = tiny_model(name).train()
     ids = random_ids(3, 8)
-    loss = model(
-        ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items, skip_logits=skip_logits
-    ).loss
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items, skip_logits=skip_logits).loss
     assert loss.item() == 0
     loss.backward()
     assert gradients(model)
@@ -326,7 +324,9 @@ def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(name, tmp_path):
         result = trainer.train()
         change = {key: before[key] - p.detach() for key, p in model.named_parameters()}
         assert_same_gradients(change, expected, rtol=1e-4, atol=2e-6)
-        assert result.training_loss == pytest.approx(plain_losses(tiny_model(name), ids, labels).mean().item(), rel=1e-4)
+        assert result.training_loss == pytest.approx(
+            plain_losses(tiny_model(name), ids, labels).mean().item(), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "transformer"])

@@ -1,0 +1,211 @@
+"""The pretraining recipes from flag to files, on a corpus that the test writes."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import generate
+import pretrain
+import pretrain_loop
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+
+ROOT = Path(__file__).parents[2]
+SMALL = shlex.split(
+    "--context_length 32 --vocab_size 320 --per_device_train_batch_size 4 --cpu_threads 1 --disable_tqdm true "
+    "--config_overrides hidden_size=32 num_attention_heads=2 num_hidden_layers=2"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("recipes")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder) -> Path:
+    books = folder / "books"
+    books.mkdir()
+    for i in range(6):
+        words = [
+            f"In the town {i} a cat met {j % 7} mice and said to the {j % 3}rd: run, or I eat you!" for j in range(60)
+        ]
+        (books / f"{i}.txt").write_text("\n\n".join(words))
+    return books
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, corpus) -> Path:
+    output = folder / "pretrained"
+    metrics = pretrain.main([*SMALL, *flags(folder, output, corpus), "--max_steps", "8"])
+    assert metrics["eval_loss"] > 0
+    return output
+
+
+def flags(folder: Path, output: Path, corpus: Path) -> list[str]:
+    return ["--dataset", str(corpus), "--output_dir", str(output), "--cache_dir", str(folder / "cache")]
+
+
+def run(command: list[str], **environment: str) -> str:
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | environment, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_pretrain_leaves_a_model_that_anyone_can_load(pretrained):
+    results = json.loads((pretrained / "all_results.json").read_text())
+    assert {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "train_tokens_per_second"} <= set(
+        results
+    )
+    for name in ("README.md", "loss.png", "generation_config.json", "modeling_minigpt.py", "tokenizer.json"):
+        assert (pretrained / name).is_file(), name
+    card = (pretrained / "README.md").read_text()
+    assert f"{results['eval_bits_per_byte']:.4f}" in card
+    # no folder of this machine but in the command, as it was typed
+    assert "Corpus: books" in card
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    assert model.config.use_cache and model.dtype == torch.float32
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (320, 32)
+    assert AutoTokenizer.from_pretrained(pretrained).model_max_length == 32
+    text = pipeline("text-generation", model=str(pretrained))("In the town", max_new_tokens=5)[0]["generated_text"]
+    assert text.startswith("In the town")
+
+
+def test_a_checkpoint_is_trained_on_with_its_tokenizer_on_a_single_file(pretrained, corpus, folder):
+    output = folder / "continued"
+    small = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--disable_tqdm", "true", "--cpu_threads", "1"]
+    first = json.loads((pretrained / "all_results.json").read_text())
+    metrics = pretrain.main(["--model", str(pretrained), *flags(folder, output, corpus / "0.txt"), *small])
+    assert (output / "tokenizer.json").read_text() == (pretrained / "tokenizer.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(output).config.hidden_size == 32
+    assert metrics["eval_loss"] < first["eval_loss"]
+
+
+def test_resume_auto_goes_on_from_the_last_checkpoint(corpus, folder):
+    output = folder / "resumed"
+    arguments = [*SMALL, *flags(folder, output, corpus), "--save_steps", "2", "--resume_from_checkpoint", "auto"]
+    pretrain.main([*arguments, "--max_steps", "4"])
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    pretrain.main([*arguments, "--max_steps", "6"])
+    steps = [entry["step"] for entry in json.loads((output / "trainer_state.json").read_text())["log_history"]]
+    assert steps[0] == 1 and steps[-1] == 6 and (output / "checkpoint-6").is_dir()
+
+
+def test_without_arguments_it_is_the_tales(folder, monkeypatch):
+    """Everything but the size of the job is the default's."""
+    monkeypatch.chdir(folder)
+    small = ["--max_documents", "80", "--max_steps", "2", "--context_length", "64", "--cpu_threads", "1"]
+    metrics = pretrain.main([*small, "--cache_dir", str(folder / "cache"), "--disable_tqdm", "true"])
+    assert (folder / "runs/pretrain/model.safetensors").is_file()
+    assert 0 < metrics["eval_entropy_bits_per_byte"] < metrics["eval_bits_per_byte"]
+    assert metrics["eval_bits_per_byte_over_entropy"] > 1
+    assert 0 <= metrics["eval_sentences_parsed"] <= 1 and 0 <= metrics["eval_claims_true"] <= 1
+
+
+def test_the_loop_trains_like_the_trainer(corpus, folder):
+    """Not the same order of rows, so not the same model: but about the same loss from the same start."""
+    arguments = [*SMALL, "--max_steps", "30", "--optimizer", "adamw", "--learning_rate", "0.01"]
+    by_trainer = pretrain.main([*arguments, *flags(folder, folder / "trainer", corpus)])
+    accumulated = ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"]
+    results = pretrain_loop.main([*arguments, *accumulated, *flags(folder, folder / "loop", corpus)])
+    assert results["loss"] == pytest.approx(by_trainer["eval_loss"], rel=0.1)
+    assert json.loads((folder / "loop/all_results.json").read_text()) == results
+    assert AutoModelForCausalLM.from_pretrained(folder / "loop").config.hidden_size == 32
+
+
+def test_two_processes_are_one_run(corpus, folder):
+    """A world of two with half the batch each is the same run as one process."""
+    arguments = [*SMALL, "--max_steps", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    output = folder / "two"
+    printed = run([*command, "recipes/pretrain.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
+    assert "2 processes" in printed
+    alone = pretrain.main([*arguments, "--per_device_train_batch_size", "8", *flags(folder, folder / "one", corpus)])
+    together = json.loads((output / "all_results.json").read_text())
+    assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    assert together["train_tokens"] == alone["train_tokens"]
+
+    output = folder / "two_by_loop"
+    run([*command, "recipes/pretrain_loop.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
+    assert json.loads((output / "all_results.json").read_text())["tokens"] == together["eval_tokens"]
+
+
+def test_accelerate_launch(corpus, folder):
+    output = folder / "launched"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]
+    arguments = [*SMALL, *flags(folder, output, corpus), "--max_steps", "2", "--optimizer", "adamw"]
+    printed = run([*launch, "recipes/pretrain.py", *arguments], PYTHONPATH=str(ROOT))
+    assert f"python recipes/generate.py {output}" in printed
+
+
+def test_plan_needs_no_corpus_and_trains_nothing(folder, capsys):
+    output = folder / "planned"
+    arguments = [*SMALL, "--dataset", "nobody/nothing", "--output_dir", str(output), "--max_steps", "10"]
+    pretrain.main([*arguments, "--plan", "--flops_per_second", "1e9", "--price_per_hour", "3.6"])
+    printed = capsys.readouterr().out
+    assert "tokens per step   128" in printed and "1,280 in 10 steps" in printed
+    assert not output.exists()
+    # 2 blocks of 12 * 32 ** 2, head and embedding of 320 * 32; the embedding is only looked up in
+    parameters = 2 * 12 * 32**2 + 2 * 320 * 32
+    flops = 1280 * (6 * (parameters - 320 * 32) + 12 * 2 * 32 * 32)
+    assert f"parameters        {parameters:,}" in printed
+    assert f"FLOPs             {flops:.3g}" in printed
+    assert f"price, about      {flops / 1e9 / 3600 * 3.6:,.2f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "gpt9"], "gpt9"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere'"),
+        (["--context_length", "100000"], "context_length"),
+    ],
+)
+def test_mistakes_are_found_before_training(arguments, message, corpus, folder):
+    with pytest.raises(ValueError, match=message):
+        pretrain.main([*SMALL, *flags(folder, folder / "wrong", corpus), *arguments])
+    assert not (folder / "wrong/config.json").exists()
+
+
+def test_generate_streams_what_the_model_says(pretrained, capsys):
+    arguments = [str(pretrained), "--prompt", "In the town", "--max_new_tokens", "12", "--seed", "3"]
+    text = generate.main([*arguments, "--top_k", "5", "--top_p", "0.9"])
+    assert text.startswith("In the town")
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert generate.main([*arguments, "--top_k", "5", "--top_p", "0.9"]) == text
+    greedy = [str(pretrained), "--prompt", "In the town", "--max_new_tokens", "12", "--greedy"]
+    assert generate.main(greedy) == generate.main([*greedy, "--seed", "7"])
+
+
+def test_generate_slides_over_a_learned_table(corpus, folder, capsys):
+    output = folder / "learned"
+    learned = ["position_embedding_type=learned", "qk_norm=false"]
+    pretrain.main([*SMALL, *learned, *flags(folder, output, corpus), "--max_steps", "1", "--context_length", "16"])
+    capsys.readouterr()
+    generate.main([str(output), "--prompt", "In the town", "--max_new_tokens", "60", "--greedy"])
+    printed = capsys.readouterr()
+    assert "context is 16 tokens" in printed.err
+
+
+def test_windows_never_pass_the_context():
+    assert list(generate.windows(5, 100, None)) == [(5, 100)]
+    for length, max_new_tokens, context in ((3, 50, 8), (8, 5, 8), (20, 9, 8), (1, 7, 1)):
+        written = 0
+        for kept, num in generate.windows(length, max_new_tokens, context):
+            assert 1 <= kept <= min(context, length + written) and kept + num - 1 <= context
+            written += num
+        assert written == max_new_tokens
+
+
+@pytest.mark.parametrize("flag", [["--temperature", "0"], ["--max_new_tokens", "0"]])
+def test_generate_refuses_nonsense(pretrained, flag):
+    with pytest.raises(SystemExit):
+        generate.main([str(pretrained), *flag])

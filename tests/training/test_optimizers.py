@@ -1,0 +1,167 @@
+"""The optimizer against independent computations: singular values, torch's AdamW and torch's Muon."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt.training.optimizers import (
+    MuonAdamW,
+    OptimizerFactory,
+    adamw_decaying_matrices,
+    hidden_matrices,
+    muon_adamw,
+    orthogonalize,
+)
+from tiny import NO_DROPOUT, SIZES, SWITCHES
+
+
+def tiny_model(switches: str = "modern") -> MiniGPTForCausalLM:
+    return MiniGPTForCausalLM(MiniGPTConfig(**(SIZES | NO_DROPOUT | SWITCHES[switches])))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(60, (2, 16), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+def test_newton_schulz_is_close_to_the_polar_factor(shape):
+    matrix = torch.randn(shape)
+    u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix)
+    # the same singular vectors, and singular values pushed towards 1
+    rotated = u.T @ result @ vh.T
+    torch.testing.assert_close(rotated, torch.diag(rotated.diagonal()), atol=1e-4, rtol=0)
+    large = singular_values > 0.1 * singular_values[0]
+    assert rotated.diagonal()[large].min() > 0.65
+    assert rotated.diagonal().max() < 1.25
+
+
+def test_newton_schulz_of_a_batch_equals_one_by_one():
+    matrices = torch.randn(5, 12, 30)
+    torch.testing.assert_close(orthogonalize(matrices), torch.stack([orthogonalize(m) for m in matrices]))
+
+
+@pytest.mark.parametrize(("scaling", "adjust_lr_fn"), [("original", "original"), ("moonlight", "match_rms_adamw")])
+def test_muon_steps_like_torchs(scaling, adjust_lr_fn):
+    shapes = [(16, 48), (16, 48), (48, 16), (16, 16)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    optimizer = MuonAdamW([{"params": ours, "kind": "muon"}], lr=0.1, weight_decay=0.2, scaling=scaling)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn=adjust_lr_fn)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # torch iterates in bfloat16, which has 8 bits
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_adamw_groups_step_like_torchs():
+    ours = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))]
+    theirs = copy.deepcopy(ours)
+    options = {"lr": 0.01, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
+    optimizer = MuonAdamW([{"params": ours, "kind": "adamw"}], **options)
+    reference = torch.optim.AdamW(theirs, **options)
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("switches", list(SWITCHES))
+def test_every_parameter_is_in_the_right_group_once(switches):
+    model = tiny_model(switches)
+    optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.02, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [(names[id(p)], group) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in grouped) == sorted(names.values())
+    for name, group in grouped:
+        is_hidden = name.startswith("model.layers.") and name.endswith("_proj.weight")
+        assert group["kind"] == ("muon" if is_hidden else "adamw"), name
+        assert group["lr"] == (0.02 if is_hidden else 1e-3), name
+        assert group["weight_decay"] == (0.0 if model.get_parameter(name).ndim < 2 else 0.1), name
+
+
+def test_embedding_learning_rate_and_frozen_parameters():
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.02, embedding_learning_rate=0.5)
+    lr_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert lr_of[id(model.model.embed_tokens.weight)] == 0.5
+    assert id(model.lm_head.weight) not in lr_of
+    assert id(model.model.layers[0].mlp.up_proj.weight) not in lr_of
+    assert "model.layers.0.mlp.up_proj.weight" not in hidden_matrices(model)
+
+
+def test_state_round_trips_exactly():
+    options = {"learning_rate": 0.01, "matrix_learning_rate": 0.02, "weight_decay": 0.1}
+    straight = tiny_model()
+    optimizer = muon_adamw(straight, **options)
+    train(straight, optimizer, 3)
+    resumed = copy.deepcopy(straight)
+    loaded = muon_adamw(resumed, **options)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group["kind"] for group in loaded.param_groups] == [group["kind"] for group in optimizer.param_groups]
+    train(straight, optimizer, 3, first=3)
+    train(resumed, loaded, 3, first=3)
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_parameters_may_be_exchanged_after_construction():
+    """As accelerate does while it prepares a model."""
+    model = tiny_model()
+    twin = copy.deepcopy(model)
+    options = {"learning_rate": 0.01, "matrix_learning_rate": 0.02}
+    optimizer, reference = muon_adamw(model, **options), muon_adamw(twin, **options)
+    for parameter in model.parameters():
+        data = parameter.data
+        parameter.data = torch.empty(1)
+        parameter.data = data.clone()
+    train(model, optimizer, 2)
+    train(twin, reference, 2)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scheduler_scales_every_group():
+    optimizer = muon_adamw(tiny_model(), learning_rate=0.01, matrix_learning_rate=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005, 0.25}
+
+
+def test_plain_adamw_decays_matrices_only():
+    model = tiny_model("gpt2")
+    optimizer = OptimizerFactory()(model, kind="adamw", learning_rate=0.1, weight_decay=0.5)
+    assert type(optimizer) is torch.optim.AdamW
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.ndim >= 2}
+    assert len(adamw_decaying_matrices(model, learning_rate=0.1).param_groups) == 2
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match="kind='muon'"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "muon"}])
+    with pytest.raises(ValueError, match="kind='sgd'"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "sgd"}])
+    with pytest.raises(ValueError, match="scaling='big'"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "adamw"}], scaling="big")
