@@ -127,11 +127,9 @@ def causal_lm_loss(
 
 
 def count_hits(logits, labels, shift_labels=None, ignore_index: int = -100, **kwargs) -> torch.Tensor:
-    """How many of the labels no other id outscores (int64, 0-dim); arguments as in `causal_lm_loss`."""
+    """How many of the labels are the most likely token (int64, 0-dim); arguments as in `causal_lm_loss`."""
     targets = shift(labels, ignore_index) if shift_labels is None else shift_labels
-    keep = targets != ignore_index
-    scores = logits.gather(-1, targets.where(keep, 0)[..., None])[..., 0]
-    return ((scores == logits.amax(-1)) & keep).sum()
+    return (logits.argmax(-1) == targets).sum()
 
 
 def divide(total, num_items: torch.Tensor | int | None, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -174,7 +172,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_weights, softcap, num_ids, chunk_rows, compute_dtype):
+    def forward(
+        ctx, hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype
+    ):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_grad = need_hidden or need_weight or need_bias
         head = weight.to(compute_dtype)
@@ -192,7 +192,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             inputs = hidden[rows].to(compute_dtype)
-            ignored = targets[rows, None] < 0
             target = targets[rows, None].clamp(min=0)
             logits = (inputs @ head.t()).to(sum_dtype)  # (R, V)
             if bias is not None:
@@ -205,9 +204,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if padding is not None:
                 logits[:, padding] = torch.finfo(logits.dtype).min
             score = logits.gather(1, target)
-            maximum = logits.amax(1, keepdim=True)
-            # A hit is a target that nothing exceeds: an argmax would cost a pass of its own.
-            num_correct += ((score == maximum) & ~ignored).sum()
+            if count_correct:
+                maximum, most_likely = logits.max(1, keepdim=True)
+                num_correct += (most_likely == targets[rows, None]).sum()
+            else:
+                maximum = logits.amax(1, keepdim=True)
             probabilities = logits.sub_(maximum).exp_()
             norm = probabilities.sum(1, keepdim=True)
             losses = norm.log() + maximum - score  # (R, 1)
@@ -246,7 +247,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (next(saved) * grad_total).to(dtype) if need else None
             for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -259,6 +260,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     num_ids: int | None = None,
     ignore_index: int = -100,
+    count_correct: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cross entropy of `finish_logits(hidden @ weight.T + bias)`, summed, without ever holding all the logits.
@@ -272,7 +274,8 @@ def linear_cross_entropy(
         softcap, num_ids: as in `finish_logits`.
 
     Returns:
-        The sum (float32, 0-dim) and the number of targets that no other id outscores (int64, 0-dim).
+        The sum (float32, 0-dim) and, if `count_correct`, the number of targets that are the most likely id (else 0;
+        int64, 0-dim).
     """
     if not torch.compiler.is_compiling():
         rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -290,7 +293,7 @@ def linear_cross_entropy(
     chunk_rows = max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // weight.shape[0], 64)
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(
-            hidden, weight, bias, targets, row_weights, softcap, num_ids, chunk_rows, compute_dtype
+            hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype
         )
 
 

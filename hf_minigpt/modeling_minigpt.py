@@ -387,8 +387,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
 @dataclass
 class MiniGPTCausalLMOutput(CausalLMOutputWithPast):
     """
-    `CausalLMOutputWithPast` with, if `count_correct=True` was asked for, `num_correct`: how many labels no other id
-    outscores (int64, 0-dim).
+    `CausalLMOutputWithPast` with, if `count_correct=True` was asked for, `num_correct`: how many labels are the most
+    likely token (int64, 0-dim).
     """
 
     num_correct: torch.Tensor | None = None
@@ -456,7 +456,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
 
         loss = logits = num_correct = None
         if skip_logits and self.loss_function is causal_lm_loss and is_plain_linear(self.lm_head):
-            loss, num_correct = self.loss_without_logits(hidden_states, labels, **loss_kwargs)
+            loss, num_correct = self.loss_without_logits(hidden_states, labels, count_correct, **loss_kwargs)
         else:
             if not has_labels:
                 hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
@@ -489,7 +489,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         )
 
     def loss_without_logits(
-        self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, ignore_index=-100
+        self, hidden_states, labels, count_correct, num_items_in_batch=None, shift_labels=None, ignore_index=-100
     ) -> tuple[torch.Tensor, torch.Tensor]:
         targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).flatten()
         targets = targets.to(hidden_states.device)
@@ -501,6 +501,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             softcap=self.config.final_logit_softcapping,
             num_ids=self.config.unpadded_vocab_size,
             ignore_index=ignore_index,
+            count_correct=count_correct,
         )
         return divide(total, num_items_in_batch, targets, ignore_index), num_correct
 

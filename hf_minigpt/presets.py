@@ -90,6 +90,7 @@ def _modern(layers: int, width: int, head_dim: int, context: int, vocab_size: in
         "num_hidden_layers": layers,
         "hidden_size": width,
         "num_attention_heads": width // head_dim,
+        "initializer_range": round(width**-0.5, 4),
         "max_position_embeddings": context,
         "vocab_size": vocab_size,
     }

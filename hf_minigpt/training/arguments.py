@@ -38,9 +38,7 @@ class ModelArguments:
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Size of the tokenizer to train, a multiple of 64. Default: 1024 for the tales, else 4096."
-        },
+        metadata={"help": "Size of the tokenizer to train, a multiple of 64. Default: 1024 for the tales, else 4096."},
     )
     context_length: int | None = field(
         default=None, metadata={"help": "Tokens in a row. Default: max_position_embeddings of the model."}
@@ -94,8 +92,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Name on the Hub, or a file or folder of .txt, .jsonl, .json, .csv, .parquet. Default: the embedded "
-            "tales, for which nothing is downloaded."
+            "help": "Name on the Hub, or a file or folder of .txt, .jsonl, .json, .csv, .parquet. Default: the "
+            "embedded tales, for which nothing is downloaded."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
@@ -130,15 +128,14 @@ class PlanArguments:
     flops_per_second: float | None = field(
         default=None,
         metadata={
-            "help": "Sustained rate of one device for --plan (an H100 at 40 % of its peak in bf16: 4e14). Default: 40 % "
-            "of what a large matrix product reaches here."
+            "help": "Sustained rate of one device for --plan (an H100 at 40 percent of its peak in bf16: 4e14). "
+            "Default: 40 percent of what a large matrix product reaches here."
         },
     )
 
 
-def _default(name: str, value: Any) -> Any:
-    """Another default for a field of TrainingArguments, which keeps its help text."""
-    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+# What --help says of the fields whose defaults change
+_HELP = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
 
 
 @dataclass
@@ -149,26 +146,26 @@ class PretrainArguments(TrainingArguments):
     TF32 for what stays fp32; `--bf16`, `--fp16` and `--tf32` win.
     """
 
-    output_dir: str | None = _default("output_dir", "runs/pretrain")
-    per_device_train_batch_size: int = _default("per_device_train_batch_size", 16)
-    per_device_eval_batch_size: int = _default("per_device_eval_batch_size", 32)
-    num_train_epochs: float = _default("num_train_epochs", 1.0)
-    learning_rate: float = _default("learning_rate", 3e-3)
-    weight_decay: float = _default("weight_decay", 0.1)
-    adam_beta2: float = _default("adam_beta2", 0.95)
-    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "warmup_stable_decay")
-    warmup_steps: float = _default("warmup_steps", 0.02)
-    logging_steps: float = _default("logging_steps", 0.01)
-    logging_first_step: bool = _default("logging_first_step", True)
-    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)
-    include_num_input_tokens_seen: str | bool = _default("include_num_input_tokens_seen", True)
-    eval_strategy: IntervalStrategy | str = _default("eval_strategy", "steps")
-    eval_steps: float | None = _default("eval_steps", 0.1)
-    save_steps: float = _default("save_steps", 0.25)
-    save_total_limit: int | None = _default("save_total_limit", 2)
-    report_to: None | str | list[str] = _default("report_to", "none")
+    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
+    per_device_train_batch_size: int = field(default=16, metadata=_HELP["per_device_train_batch_size"])
+    per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
+    num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
+    learning_rate: float = field(default=3e-3, metadata=_HELP["learning_rate"])
+    weight_decay: float = field(default=0.1, metadata=_HELP["weight_decay"])
+    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
+    lr_scheduler_type: SchedulerType | str = field(default="warmup_stable_decay", metadata=_HELP["lr_scheduler_type"])
+    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
+    logging_steps: float = field(default=0.01, metadata=_HELP["logging_steps"])
+    logging_first_step: bool = field(default=True, metadata=_HELP["logging_first_step"])
+    logging_nan_inf_filter: bool = field(default=False, metadata=_HELP["logging_nan_inf_filter"])
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
+    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
+    save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
+    save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
+    report_to: str | None = field(default="none", metadata=_HELP["report_to"])
     # the rows are tensors already, and the model takes shift_labels through **kwargs
-    remove_unused_columns: bool = _default("remove_unused_columns", False)
+    remove_unused_columns: bool = field(default=False, metadata=_HELP["remove_unused_columns"])
 
     optimizer: Literal["muon", "adamw", "trainer"] = field(
         default="muon",
@@ -183,13 +180,17 @@ class PretrainArguments(TrainingArguments):
     muon_scaling: Literal["original", "moonlight"] = field(
         default="original",
         metadata={
-            "help": "Size of Muon's update: sqrt(max(1, rows / columns)), or Moonlight's 0.2 sqrt(max(rows, columns)), "
-            "with which matrix_learning_rate is of AdamW's size."
+            "help": "Size of Muon's update: sqrt(max(1, rows / columns)), or Moonlight's 0.2 sqrt(max(rows, "
+            "columns)), with which matrix_learning_rate is of AdamW's size."
         },
     )
     decay_fraction: float = field(
         default=0.6,
         metadata={"help": "Share of the steps in which warmup_stable_decay goes down, linearly, to zero."},
+    )
+    eval_max_rows: int | None = field(
+        default=128,
+        metadata={"help": "Held-out rows that evaluations during training read; the one at the end reads all."},
     )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = field(
         default="auto", metadata={"help": "auto: bf16 where the GPU has it, fp16 where not, fp32 on a CPU."}
@@ -199,12 +200,11 @@ class PretrainArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.optim != DEFAULT_OPTIM and OptimizerNames(self.optim) != OptimizerNames(DEFAULT_OPTIM):
-            if self.optimizer != "trainer":
-                raise ValueError(
-                    f"optim={self.optim!r} is read only with optimizer='trainer', not with {self.optimizer!r}. Set "
-                    "--optimizer trainer, or leave out --optim."
-                )
+        if self.optimizer != "trainer" and OptimizerNames(self.optim) != OptimizerNames(DEFAULT_OPTIM):
+            raise ValueError(
+                f"optim={self.optim!r} is read only with optimizer='trainer', not with {self.optimizer!r}. Set "
+                "--optimizer trainer, or leave out --optim."
+            )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the steps: choose one in [0, 1].")
         if self.dataloader_persistent_workers:
@@ -213,6 +213,9 @@ class PretrainArguments(TrainingArguments):
                 "the documents. Leave it out."
             )
         self._choose_precision()
+        if not torch.accelerator.is_available() and not self.bf16:
+            # without it, two processes of torchrun on a CPU would each train alone, unaware of the other
+            self.use_cpu = True
         super().__post_init__()
 
     def _choose_precision(self) -> None:
@@ -230,6 +233,15 @@ class PretrainArguments(TrainingArguments):
         if self.tf32 is None and on_gpu and is_torch_tf32_available():
             self.tf32 = True
 
+    def scheduler_kwargs(self, num_steps: int) -> dict[str, Any]:
+        """`lr_scheduler_kwargs`, with `decay_fraction` made the absolute number that warmup_stable_decay wants."""
+        kwargs = self.lr_scheduler_kwargs or {}
+        assert isinstance(kwargs, dict)
+        if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            return kwargs
+        num_decay_steps = min(round(self.decay_fraction * num_steps), num_steps - self.get_warmup_steps(num_steps))
+        return {"num_decay_steps": num_decay_steps, "decay_type": "linear"} | kwargs
+
     @property
     def rows_per_step(self) -> int:
         """Rows in one optimizer step, over all processes."""
@@ -242,10 +254,12 @@ class PretrainArguments(TrainingArguments):
             tf32 = ", TF32 for the rest" if self.tf32 else ""
             return f"{self.world_size} x {torch.cuda.get_device_name(self.device)}, {precision}{tf32}"
         plural = "es" if self.world_size > 1 else ""
-        return f"{self.device.type}, {self.world_size} process{plural} x {torch.get_num_threads()} threads, {precision}"
+        return (
+            f"{self.device.type}, {self.world_size} process{plural} x {torch.get_num_threads()} threads, {precision}"
+        )
 
 
-def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
     """Read flags into dataclasses.
 
     `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
@@ -299,7 +313,9 @@ def _flags_of(values: dict[str, Any], parser: HfArgumentParser) -> list[str]:
         if value is None:
             parser.set_defaults(**{key: None})
         elif key == "config_overrides" and isinstance(value, dict):
-            flags += [f"--{key}", *(f"{name}={json.dumps(item)}" for name, item in value.items())]
+            # a string goes as it is: YAML 1.1 takes 1e-6 for one
+            items = {name: item if isinstance(item, str) else json.dumps(item) for name, item in value.items()}
+            flags += [f"--{key}", *(f"{name}={item}" for name, item in items.items())]
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         else:

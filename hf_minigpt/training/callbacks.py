@@ -23,24 +23,33 @@ class SetEpoch(TrainerCallback):
 
 
 class PrintSample(TrainerCallback):
-    """Prints what the model writes after each evaluation: watching it learn is half the fun.
+    """Prints what the model writes after each evaluation in training: watching it learn is half the fun.
 
     Args:
         prompt: what the text begins with.
-        max_new_tokens: its length.
+        max_new_tokens: its length, which the model's context bounds.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str = "", max_new_tokens: int = 48):
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
+        self.in_training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.in_training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.in_training = False
 
     def on_evaluate(self, args, state, control, model: Any = None, **kwargs):
         # a sharded model would need all processes
         is_sharded = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if is_sharded or not state.is_world_process_zero:
+        if is_sharded or not self.in_training or not state.is_world_process_zero:
             return
+        room = model.config.max_position_embeddings - 1 - len(self.tokenizer(self.prompt)["input_ids"])
+        max_new_tokens = min(self.max_new_tokens, room)
         (text,) = sample_texts(
-            model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=self.max_new_tokens, seed=state.global_step
+            model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=max_new_tokens, seed=state.global_step
         )
         tqdm.write(f"step {state.global_step}: {text.strip()!r}")

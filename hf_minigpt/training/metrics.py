@@ -1,13 +1,15 @@
 """How good a language model is, exactly: sums over all held-out tokens, not means of batch means."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..data.rows import Rows
 from ..data.token_store import TokenStore
@@ -18,7 +20,12 @@ Collator = Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
 
 @torch.no_grad()
 def evaluate_language_model(
-    model: nn.Module, dataset: Rows, collator: Collator, batch_size: int, accelerator: Accelerator | None = None
+    model: nn.Module,
+    dataset: Rows,
+    collator: Collator,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, float]:
     """Score every row of `dataset`, shared out over the processes of `accelerator`.
 
@@ -28,6 +35,8 @@ def evaluate_language_model(
     Args:
         model: a MiniGPTForCausalLM, on the accelerator's device.
         batch_size: rows at a time, on each process.
+        max_rows: look at no more rows than that, evenly spaced; `bits_per_byte` then takes the whole store's bytes per
+            token.
 
     Returns:
         loss: nats per token.
@@ -41,9 +50,11 @@ def evaluate_language_model(
     model.eval()
     # (nats, hits, tokens); float64 counts exactly up to 2 ** 53
     sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(dataset), batch_size * accelerator.num_processes):
+    num_rows = min(len(dataset), max_rows or len(dataset))
+    selected = [i * len(dataset) // num_rows for i in range(num_rows)]
+    for start in range(0, num_rows, batch_size * accelerator.num_processes):
         first = start + batch_size * accelerator.process_index
-        rows = list(range(first, min(first + batch_size, len(dataset))))
+        rows = selected[first : first + batch_size]
         # a sharded model needs all processes in every forward pass: where rows have run out, one counts for nothing
         batch = collator(dataset.__getitems__(rows or [0]))
         if not rows:
@@ -55,36 +66,29 @@ def evaluate_language_model(
             output = model(**batch, num_items_in_batch=1, skip_logits=True, count_correct=True, use_cache=False)
         sums += torch.tensor([output.loss.item(), output.num_correct.item(), num_tokens.item()], dtype=torch.float64)
     model.train(was_training)
-    # float64 does not exist on every accelerator: one process at a time in float32 would lose the counts
-    nats, hits, tokens = _sum_over_processes(sums, accelerator).tolist()
+    # as objects: not every accelerator has float64, and float32 would lose counts
+    nats, hits, tokens = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0).tolist()
     loss = nats / tokens
+    bytes_per_token = dataset.store.num_bytes / (dataset.store.num_tokens - 1)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / dataset.store.num_bytes,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
         "accuracy": hits / tokens,
         "tokens": int(tokens),
     }
 
 
-def _sum_over_processes(sums: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    if accelerator.num_processes == 1:
-        return sums
-    from accelerate.utils import gather_object
-
-    return torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0)
-
-
 def decode_documents(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents of a store, as text."""
-    tokens, offsets = store.tokens, store.offsets
-    spans = zip(offsets[:-1], offsets[1:], strict=True)
-    return tokenizer.batch_decode([tokens[begin : end - 1].tolist() for begin, end in spans])
+    return tokenizer.batch_decode(
+        [store.tokens[begin : end - 1].tolist() for begin, end in itertools.pairwise(store.offsets)]
+    )
 
 
 @torch.no_grad()
 def sample_texts(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     num: int,
     *,
@@ -96,6 +100,7 @@ def sample_texts(
     """Texts drawn from the model in one batch; each begins with end-of-text, as documents do in training.
 
     Args:
+        model: a transformers model with `generate`.
         prompt: what each text begins with.
         seed: of the draw; the caller's random state stays as it was.
         generate_kwargs: of `generate`; by default the model's own distribution is sampled, at temperature 1.

@@ -48,7 +48,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """
     Each parameter group says by `kind` how it is stepped:
 
-    - `muon`: Nesterov momentum, orthogonalised (Jordan et al., 2024), with decoupled weight decay; 2-D parameters only.
+    - `muon`: Nesterov momentum, orthogonalised (Jordan et al., 2024), with decoupled weight decay; matrices only.
     - `adamw`: AdamW (Loshchilov & Hutter, 2019), by torch's own kernels, fused where there are any.
 
     State is made in the first `step`, because accelerate exchanges the parameters' tensors after construction.
@@ -97,48 +97,45 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if group["kind"] == "muon" and parameter.ndim != 2:
                     raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} in a group of kind='muon', which orthogonalises "
-                        "matrices: put it into a group of kind='adamw'."
+                        f"a parameter of shape {tuple(parameter.shape)} in a group of kind='muon', which "
+                        "orthogonalises matrices: put it into a group of kind='adamw'."
                     )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            parameters: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
             if group["kind"] == "muon":
                 self._step_muon(group, parameters)
             elif parameters:
                 self._step_adamw(group, parameters)
         return loss
 
-    def _step_muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        stacks = defaultdict(list)
+    def _step_muon(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        stacks: dict[Any, list[torch.Tensor]] = defaultdict(list)
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             stacks[parameter.shape, parameter.dtype, parameter.device].append(parameter)
-        for (shape, _, _), stack in stacks.items():
+        for (shape, dtype, _), stack in stacks.items():
             rows, columns = shape
             lr, momentum = group["lr"], group["momentum"]
-            grads = [p.grad for p in stack]
             buffers = [self.state[p]["momentum_buffer"] for p in stack]
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = orthogonalize(
-                torch.stack(torch._foreach_lerp(grads, buffers, momentum)), group["newton_schulz_steps"]
-            )
-            scale = (
-                math.sqrt(max(1, rows / columns))
-                if group["scaling"] == "original"
-                else 0.2 * math.sqrt(max(rows, columns))
-            )
+            torch._foreach_lerp_(buffers, _grads(stack), 1 - momentum)
+            updates = torch.stack(torch._foreach_lerp(_grads(stack), buffers, momentum))
+            updates = orthogonalize(updates, group["newton_schulz_steps"]).to(dtype)
+            if group["scaling"] == "original":
+                scale = math.sqrt(max(1, rows / columns))
+            else:
+                scale = 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(stack, list(updates.to(stack[0].dtype).unbind()), alpha=-lr * scale)
+            torch._foreach_add_(stack, list(updates.unbind()), alpha=-lr * scale)
 
-    def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
@@ -150,7 +147,7 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [p.grad for p in parameters],
+            _grads(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -166,11 +163,15 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+def _grads(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def _has_fused_kernel(parameters: Iterable[torch.Tensor]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
-def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of the linear layers inside the blocks, by name: what Muon is for.
 
     A block is a numbered module (`layers.3`). Embeddings, the output head and a classifier's `score` are outside.
@@ -202,9 +203,7 @@ def muon_adamw(
         weight_decay: of everything that is a matrix.
     """
     matrices = hidden_matrices(model)
-    embeddings = {
-        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in matrices}
     adamw_groups = {
         "embeddings": [p for p in rest.values() if id(p) in embeddings],
@@ -236,7 +235,7 @@ def adamw_decaying_matrices(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (embeddings among them) and not on norms and biases; fused where it can be."""
+    """AdamW, fused where it can be, with weight decay on matrices (embeddings too) and not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -255,7 +254,7 @@ class OptimizerFactory:
     """What `Trainer(optimizer_cls_and_kwargs=...)` calls as `OptimizerFactory()(model, **kwargs)`."""
 
     def __call__(self, model: nn.Module, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
-        return {"muon": muon_adamw, "adamw": adamw_decaying_matrices}[kind](model, **kwargs)
+        return muon_adamw(model, **kwargs) if kind == "muon" else adamw_decaying_matrices(model, **kwargs)
 
 
 def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:

@@ -7,8 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..configuration_minigpt import MiniGPTConfig
-from .arguments import PlanArguments, PretrainArguments
+from ..data.rows import ShuffledDocumentRows
+from ..presets import preset
+from .arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
 from .optimizers import hidden_matrices
+from .setup import build_config, context_length, open_documents, prepare_data, prepare_tokenizer, trained_vocab_size
 
 
 # Share of a large matrix product's rate that training reaches; nanoGPT and llm.c report 30 to 60 % on A100 and H100.
@@ -48,7 +51,7 @@ class Plan:
             f"({self.num_tokens / self.num_parameters:.1f} per parameter)",
             f"memory, about     {self.memory_bytes / 2**30:.2f} GiB a device",
             f"FLOPs             {self.flops:.3g}",
-            f"time, about       {_duration(self.seconds)} at {self.flops_per_second:.3g} FLOP/s, evaluations not counted",
+            f"time, about       {_duration(self.seconds)} at {self.flops_per_second:.3g} FLOP/s, without evaluations",
         ]
         if self.price is not None:
             lines.append(f"price, about      {self.price:,.2f}")
@@ -70,6 +73,7 @@ def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: 
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     if config.position_embedding_type == "learned":
         looked_up += config.max_position_embeddings * config.hidden_size
+    assert config.head_dim is not None
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
     return 6 * (num_parameters - looked_up) + 12 * attention
 
@@ -120,7 +124,8 @@ def make_plan(
         rate = UTILISATION * measure_flops_per_second(args.device, dtype)
     price = None
     if options.price_per_hour is not None:
-        price = options.price_per_hour * args.world_size * flops / (rate * args.world_size) / 3600
+        device_seconds = flops / rate
+        price = options.price_per_hour * device_seconds / 3600
     return Plan(
         num_parameters=num_parameters,
         tokens_per_step=tokens_per_step,
@@ -133,10 +138,32 @@ def make_plan(
     )
 
 
+def plan_pretraining(
+    model_args: ModelArguments, data_args: DataArguments, options: PlanArguments, args: PretrainArguments
+) -> Plan:
+    """The plan of `recipes/pretrain.py` with these flags.
+
+    Only a run whose length is given in epochs needs the corpus for it, which is then tokenized as the run would do it.
+    """
+    length = context_length(model_args)
+    rows_per_epoch = 0
+    if args.max_steps <= 0:
+        tokenizer, corpus = prepare_data(model_args, data_args, open_documents(data_args))
+        config = build_config(model_args, tokenizer)
+        rows_per_epoch = len(ShuffledDocumentRows(corpus.train, length))
+    elif model_args.tokenizer or model_args.model:
+        config = build_config(model_args, prepare_tokenizer(model_args, data_args, open_documents(data_args)))
+    else:
+        fields = {"vocab_size": trained_vocab_size(model_args, data_args), "max_position_embeddings": length}
+        config = preset(model_args.preset, **(model_args.overrides() | fields))
+    return make_plan(config, args, options, length, rows_per_epoch)
+
+
 def _activation_bytes(config: MiniGPTConfig, args: PretrainArguments, context_length: int, item_size: int) -> float:
-    """What the backward pass keeps, roughly: the sizes of the tensors in a block without dropout and with fused attention
-    (Korthikanti et al., arXiv 2205.05198), and one chunk of logits."""
+    """What the backward pass keeps, roughly: the tensors of a block without dropout and with fused attention (as in
+    Korthikanti et al., arXiv 2205.05198), and one chunk of logits."""
     tokens = args.train_batch_size * context_length
+    assert config.head_dim is not None and config.intermediate_size is not None
     inner = config.num_attention_heads * config.head_dim
     # norm's input and output twice, residual sums; queries, keys, values and output; before and after the activation
     kept_in_block = 6 * config.hidden_size + 5 * inner + 2 * config.intermediate_size

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_minigpt import MiniGPTConfig
 from ..data.corpora import Documents, load_documents
+from ..data.token_store import PreparedCorpus, prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..presets import preset
 from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
@@ -67,24 +68,44 @@ def _checkpoint_config(args: ModelArguments) -> MiniGPTConfig:
     return config
 
 
-def prepare_tokenizer(args: ModelArguments, documents: Documents, cache_dir: str) -> PreTrainedTokenizerFast:
+def trained_vocab_size(args: ModelArguments, data_args: DataArguments) -> int:
+    """Entries of the tokenizer that would be trained."""
+    return args.vocab_size or (TALES_VOCAB_SIZE if data_args.dataset is None else DEFAULT_VOCAB_SIZE)
+
+
+def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Documents) -> PreTrainedTokenizerFast:
     """`--tokenizer`, else that of `--model`, else one trained on the corpus, which the cache keeps."""
     length = context_length(args)
     source = args.tokenizer or args.model
     if source is not None:
-        tokenizer = load_tokenizer(
-            source, model_max_length=length, trust_remote_code=args.trust_remote_code
-        )
+        tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=args.trust_remote_code)
         if args.model is not None:
             check_tokenizer_fits(tokenizer, _checkpoint_config(args))
         return tokenizer
-    is_tales = documents.name == open_documents(DataArguments()).name
-    vocab_size = args.vocab_size or (TALES_VOCAB_SIZE if is_tales else DEFAULT_VOCAB_SIZE)
+    vocab_size = trained_vocab_size(args, data_args)
     key = hashlib.blake2b(f"{documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
-    folder = Path(cache_dir) / "tokenizers" / key
+    folder = Path(data_args.cache_dir) / "tokenizers" / key
     if not folder.is_dir():
         _train_and_save(documents, vocab_size, length, folder)
     return load_tokenizer(folder, model_max_length=length)
+
+
+def prepare_data(
+    args: ModelArguments, data_args: DataArguments, documents: Documents
+) -> tuple[PreTrainedTokenizerFast, PreparedCorpus]:
+    """The tokenizer and the tokenized corpus, made now or found in the cache.
+
+    Let one process of a machine do it first: the others then find what it made.
+    """
+    tokenizer = prepare_tokenizer(args, data_args, documents)
+    corpus = prepare_corpus(
+        documents,
+        tokenizer,
+        data_args.cache_dir,
+        validation_fraction=data_args.validation_fraction,
+        seed=data_args.split_seed,
+    )
+    return tokenizer, corpus
 
 
 def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:
@@ -126,6 +147,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
     else:
         config = build_config(args, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
+    assert isinstance(model, MiniGPTForCausalLM)
     model.generation_config = GenerationConfig(
         do_sample=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -4,8 +4,8 @@ import time
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import SchedulerType
 
+from ..data.rows import Rows
 from .arguments import PretrainArguments
 from .metrics import evaluate_language_model
 
@@ -14,7 +14,8 @@ class LanguageModelTrainer(Trainer):
     """
     Trainer of a MiniGPTForCausalLM on rows of a token store.
 
-    - `evaluate()` reports `evaluate_language_model` of the evaluation rows.
+    - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
+      `args.eval_max_rows`.
     - The log has `num_input_tokens_seen` and, since the last entry and without evaluations, `tokens_per_second`.
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     """
@@ -24,22 +25,21 @@ class LanguageModelTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._seconds_evaluating = 0.0
-        self._logged_at = (time.perf_counter(), 0)
+        self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            num_decay_steps = min(
-                round(self.args.decay_fraction * num_training_steps), num_training_steps - num_warmup_steps
-            )
-            defaults = {"num_decay_steps": num_decay_steps, "decay_type": "linear"}
-            self.args.lr_scheduler_kwargs = defaults | (self.args.lr_scheduler_kwargs or {})
+        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs):
         self._seconds_evaluating = 0.0
         self._logged_at = (time.perf_counter(), None)
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        tokens = self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen
+        seconds = output.metrics["train_runtime"] - self._seconds_evaluating
+        output.metrics["train_tokens"] = self.state.num_input_tokens_seen
+        output.metrics["train_tokens_per_second"] = round(tokens / seconds, 1)
+        return output
 
     def _track_num_input_tokens(self, inputs):
         # the Trainer's own waits for the device in every micro-step; rows and batches are of one size everywhere
@@ -61,12 +61,15 @@ class LanguageModelTrainer(Trainer):
         start = time.perf_counter()
         # only a sharded model must be called through its wrapper; DDP's would synchronise buffers for nothing
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(dataset, Rows) and self.model is not None
         results = evaluate_language_model(
             self.model_wrapped if sharded else self.model,
-            self.eval_dataset if eval_dataset is None else eval_dataset,
+            dataset,
             self.data_collator,
             self.args.eval_batch_size,
             self.accelerator,
+            max_rows=self.args.eval_max_rows if self.is_in_train else None,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
@@ -74,3 +77,6 @@ class LanguageModelTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._seconds_evaluating += time.perf_counter() - start
         return metrics
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""

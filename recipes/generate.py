@@ -1,0 +1,109 @@
+"""
+Let a model go on from a prompt; the text appears as it is written.
+
+    python recipes/generate.py runs/pretrain --prompt "Once upon a time" --max_new_tokens 200 --top_k 50
+    python recipes/generate.py runs/books --prompt "She was" --greedy
+
+MODEL is a folder or a name on the Hub. Without a prompt the model begins a document of its own.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+
+import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.tokenization import load_tokenizer
+from hf_minigpt.training.arguments import use_all_cores
+
+
+class Stream(TextStreamer):
+    """Prints the text of several `generate` calls as one."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        print(text, end="", flush=True)
+
+
+def windows(length: int, max_new_tokens: int, context_length: int | None) -> Iterator[tuple[int, int]]:
+    """How to write past the context: pairs of tokens to keep from the end and tokens to write after them.
+
+    A full context goes on from its second half, so that most of the cache is used and no position is out of range.
+
+    Args:
+        length: tokens of the prompt.
+        context_length: None if the positions extend.
+    """
+    while max_new_tokens > 0:
+        if context_length is None:
+            kept, num = length, max_new_tokens
+        else:
+            kept = length if length < context_length else max(context_length // 2, 1)
+            # the last token written is not read again, so a window holds one more
+            num = min(max_new_tokens, context_length + 1 - kept)
+        yield kept, num
+        length += num
+        max_new_tokens -= num
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("--prompt", default="", help="text to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--seed", type=int, help="for the same text again")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    args = parser.parse_args(argv)
+    if not args.greedy and args.temperature <= 0:
+        parser.error(f"--temperature {args.temperature} must be above 0; for the likeliest text use --greedy.")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens {args.max_new_tokens} must be at least 1.")
+
+    use_all_cores()
+    if args.seed is not None:
+        set_seed(args.seed)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    config = GenerationConfig(
+        do_sample=not args.greedy,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({} if args.greedy else sampling),
+    )
+
+    # end-of-text first, as before every document in training
+    ids = [tokenizer.eos_token_id, *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+    # GPT-2 and its like have no such field, and a table
+    has_table = getattr(model.config, "position_embedding_type", "learned") in ("learned", "absolute")
+    context_length = model.config.max_position_embeddings if has_table else None
+    if context_length is not None and len(ids) + args.max_new_tokens > context_length + 1:
+        print(
+            f"The model's context is {context_length} tokens: past it the window slides, the beginning is forgotten.",
+            file=sys.stderr,
+        )
+    print(args.prompt, end="", flush=True)
+    for kept, max_new_tokens in windows(len(ids), args.max_new_tokens, context_length):
+        window = torch.tensor([ids[-kept:]], device=model.device)
+        config.max_new_tokens = max_new_tokens
+        output = model.generate(
+            window,
+            attention_mask=torch.ones_like(window),
+            generation_config=config,
+            streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        ids += output[0, kept:].tolist()
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    print()
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()

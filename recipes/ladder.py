@@ -1,0 +1,194 @@
+"""
+Climb from a bigram table to a GPT, one idea a rung, and see what each is worth: on characters, in random windows.
+
+    python recipes/ladder.py
+
+Without arguments: on the embedded tales, on a laptop's CPU, without network, in about three minutes. It ends in a
+table, `ladder.png`, and a model a rung. The loss falls with attention, heads, feed-forward; a stack of six blocks
+learns nothing until residual connections let it, and more with LayerNorm; dropout costs a model this small more than
+it gives; the scaled-up one wins by far. On your own text, on some rungs, with the two columns of hyperparameters:
+
+    python recipes/ladder.py --dataset ../shared/data/books --output_dir runs/ladder-books
+    python recipes/ladder.py --rungs blocks residual layer-norm --config_overrides num_hidden_layers=10
+    python recipes/ladder.py --config recipes/configs/baby_cpu.yaml
+    python recipes/ladder.py --config recipes/configs/baby_gpu.yaml
+
+The rungs are `BABY_RUNGS` of hf_minigpt.presets. Their LayerNorm averages over the width; the hand-written one of the
+article averages over the batch, by which each text would know of the others.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
+
+from hf_minigpt import MiniGPTConfig
+from hf_minigpt.data import tales
+from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import RandomWindowRows
+from hf_minigpt.data.token_store import PreparedCorpus, prepare_corpus
+from hf_minigpt.presets import BABY_RUNGS, baby_rung
+from hf_minigpt.publishing.plots import plot_rungs
+from hf_minigpt.tokenization import train_character_tokenizer
+from hf_minigpt.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+    check_writable,
+    parse,
+    use_all_cores,
+)
+from hf_minigpt.training.metrics import decode_documents
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.setup import find_checkpoint, open_documents
+from hf_minigpt.training.trainer import LanguageModelTrainer
+
+
+# Enough that no rung learns its text by heart, few enough for two minutes.
+NUM_TALES = 3000
+
+
+@dataclass
+class RungArguments:
+    rungs: list[str] = field(
+        default_factory=lambda: list(BABY_RUNGS), metadata={"help": f"Of {', '.join(BABY_RUNGS)}. Default: all."}
+    )
+    preset: str = field(default="baby", metadata={"help": "What the climb leads to: baby or baby-large."})
+    config_overrides: list[str] = field(
+        default_factory=lambda: ["num_hidden_layers=6"],
+        metadata={"help": "Fields of MiniGPTConfig over the preset's. Default: num_hidden_layers=6."},
+    )
+    eval_batches: int = field(
+        default=100, metadata={"help": "An evaluation averages over so many training batches of each split."}
+    )
+
+
+@dataclass
+class LadderArguments(PretrainArguments):
+    """`PretrainArguments` with the defaults of a small model at a constant learning rate."""
+
+    output_dir: str | None = "runs/ladder"
+    max_steps: int = 1500
+    per_device_eval_batch_size: int = 256
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999
+    lr_scheduler_type: str = "constant"
+    warmup_steps: float = 0
+    optimizer: Literal["muon", "adamw", "trainer"] = "adamw"
+    eval_steps: float | None = 500
+    eval_max_rows: int | None = None
+    logging_steps: float = 500
+    save_strategy: str = "no"
+    disable_tqdm: bool | None = True
+    # in models this small, threads wait for each other longer than they compute
+    cpu_threads: int | None = 1
+
+
+class LadderTrainer(LanguageModelTrainer):
+    """Evaluates on windows of the training text too."""
+
+    def __init__(self, *args, train_windows: RandomWindowRows, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_windows = train_windows
+        self.remove_callback(PrinterCallback)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics | super().evaluate(self.train_windows, ignore_keys, f"{metric_key_prefix}_train")
+
+
+def climb(
+    config: MiniGPTConfig,
+    corpus: PreparedCorpus,
+    tokenizer: PreTrainedTokenizerFast,
+    eval_batches: int,
+    args: LadderArguments,
+) -> dict[str, float]:
+    """Train and evaluate one rung, and save it in `args.output_dir`."""
+    context_length = tokenizer.model_max_length = config.max_position_embeddings
+    num_windows = eval_batches * args.train_batch_size
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    trainer = LadderTrainer(
+        model=model,
+        args=args,
+        train_dataset=RandomWindowRows(corpus.train, context_length, args.max_steps * args.rows_per_step, args.seed),
+        eval_dataset=RandomWindowRows(corpus.validation, context_length, num_windows, seed=args.seed + 1),
+        train_windows=RandomWindowRows(corpus.train, context_length, num_windows, seed=args.seed + 1),
+        data_collator=LanguageModelCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
+    )
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    return {"parameters": model.num_parameters()} | metrics
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    argument_types = (RungArguments, DataArguments, LadderArguments)
+    rung_args, data_args, args = parse(argument_types, argv, description=__doc__)
+    use_all_cores(args.cpu_threads)
+    overrides = ModelArguments(config_overrides=rung_args.config_overrides).overrides()
+    for name in rung_args.rungs:
+        # what is wrong with the last rung shall not show after an hour
+        baby_rung(name, rung_args.preset, **overrides)
+    folder = Path(args.output_dir)
+    check_writable(args.output_dir)
+    if data_args.dataset is None and data_args.max_documents is None:
+        data_args.max_documents = NUM_TALES
+
+    # Data: every character of the corpus is a token
+    documents = open_documents(data_args)
+    tokenizer = train_character_tokenizer(documents, model_max_length=1)
+    with args.main_process_first(desc="tokenizing"):
+        corpus = prepare_corpus(
+            documents,
+            tokenizer,
+            data_args.cache_dir,
+            validation_fraction=data_args.validation_fraction,
+            seed=data_args.split_seed,
+        )
+    overrides["vocab_size"] = len(tokenizer)
+    overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    floor = None
+    if data_args.dataset is None:
+        held_out = decode_documents(corpus.validation, tokenizer)
+        bits = -sum(map(tales.log2_probability, held_out))
+        # each tale with the token that ends it
+        floor = bits * math.log(2) / sum(len(text) + 1 for text in held_out)
+
+    # The climb
+    print(f"{len(tokenizer)} characters, {corpus.train.num_tokens:,} in training; {args.describe_hardware()}")
+    print(f"{'rung':15} {'parameters':>12} {'training':>9} {'held out':>9} {'seconds':>8}")
+    results: dict[str, dict[str, float]] = {}
+    for name in rung_args.rungs:
+        args.output_dir = str(folder / name)
+        config = baby_rung(name, rung_args.preset, **overrides)
+        rung = results[name] = climb(config, corpus, tokenizer, rung_args.eval_batches, args)
+        print(
+            f"{name:15} {rung['parameters']:12,} {rung['eval_train_loss']:9.4f} {rung['eval_loss']:9.4f} "
+            f"{rung['train_runtime']:8.0f}",
+            flush=True,
+        )
+
+    # Results
+    metrics = {f"{name}_{key}": value for name, rung in results.items() for key, value in rung.items()}
+    if args.process_index == 0:
+        training = {name: rung["eval_train_loss"] for name, rung in results.items()}
+        held_out = {name: rung["eval_loss"] for name, rung in results.items()}
+        plot_rungs(held_out, training, folder / "ladder.png", floor)
+        (folder / "all_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
+        print(f"{folder} holds ladder.png, all_results.json and a model a rung. Next:")
+        print(f"  python recipes/pictures.py {folder / name}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

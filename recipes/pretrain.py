@@ -1,0 +1,121 @@
+"""
+Pretrain a MiniGPT. Without arguments: on the embedded tales, on a laptop's CPU, without network, in a few minutes.
+
+    accelerate launch recipes/pretrain.py
+
+On your own text (a file or folder of .txt, .jsonl, .json, .csv, .parquet, or a name on the Hub):
+
+    accelerate launch recipes/pretrain.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
+
+Going on from a checkpoint, with its tokenizer; from a YAML file, flags winning over it; what a run would take:
+
+    accelerate launch recipes/pretrain.py --model runs/books --dataset the-verdict.txt --output_dir runs/verdict
+    accelerate launch recipes/pretrain.py --config recipes/configs/books.yaml --learning_rate 2e-3
+    python recipes/pretrain.py --config recipes/configs/bookcorpus.yaml --plan --price_per_hour 3
+
+Two processes on one machine: `torchrun --nproc_per_node 2 recipes/pretrain.py ...`. Interrupted: run the same command
+again with `--resume_from_checkpoint auto`.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import set_seed
+
+from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.publishing.cards import format_metrics, save_model_card
+from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PlanArguments,
+    PretrainArguments,
+    check_writable,
+    parse,
+    use_all_cores,
+)
+from hf_minigpt.training.callbacks import PrintSample, SetEpoch
+from hf_minigpt.training.metrics import decode_documents, sample_texts, tale_metrics
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.plan import plan_pretraining
+from hf_minigpt.training.reporting import pretraining_report
+from hf_minigpt.training.setup import build_model, context_length, find_checkpoint, open_documents, prepare_data
+from hf_minigpt.training.trainer import LanguageModelTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    argument_types = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
+    model_args, data_args, plan_args, args = parse(argument_types, argv, description=__doc__)
+    use_all_cores(args.cpu_threads)
+    if plan_args.plan:
+        print(plan_pretraining(model_args, data_args, plan_args, args))
+        return {}
+
+    # Whatever can be wrong is found before anything takes long.
+    check_writable(args.output_dir)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    length = context_length(model_args)
+    documents = open_documents(data_args)
+
+    # Data: one process tokenizes, the others open what it wrote.
+    with args.main_process_first(desc="tokenizing"):
+        tokenizer, corpus = prepare_data(model_args, data_args, documents)
+    train_rows = ShuffledDocumentRows(corpus.train, length, seed=args.seed)
+    held_out_rows = DocumentRows(corpus.validation, length)
+
+    # Model and training
+    set_seed(args.seed)
+    model = build_model(model_args, tokenizer)
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows,
+        data_collator=LanguageModelCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
+        callbacks=[SetEpoch(), PrintSample(tokenizer)],
+    )
+    trainer.accelerator.print(
+        f"{model.num_parameters():,} parameters, {corpus.train.num_tokens:,} training tokens of {documents.name} "
+        f"({corpus.num_duplicates} duplicate documents left out), {len(tokenizer)} token vocabulary\n"
+        f"{args.describe_hardware()}"
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics |= trainer.evaluate()
+
+    # Results
+    model.config.use_cache = True
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        (sample,) = sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
+        if data_args.dataset is None:
+            tales = sample_texts(model, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
+            held_out = decode_documents(corpus.validation, tokenizer)
+            metrics |= {
+                f"eval_{k}": v for k, v in tale_metrics(metrics["eval_bits_per_byte"], held_out, tales).items()
+            }
+        trainer.save_metrics("pretrain", metrics)
+        plot_losses(trainer.state.log_history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
+        command = f"accelerate launch recipes/pretrain.py {shlex.join(argv)}".strip()
+        report = pretraining_report(model_args, data_args, args, model, corpus, metrics, sample, command)
+        save_model_card(report, args.output_dir)
+        print("\n".join(f"{name:40} {value}" for name, value in format_metrics(report.metrics).items()))
+        print(
+            f"\n{sample}\n\n{args.output_dir} holds the model, its tokenizer and code, README.md and loss.png. Next:"
+        )
+        print(f"  python recipes/generate.py {args.output_dir} --prompt {shlex.quote(' '.join(sample.split()[:2]))}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

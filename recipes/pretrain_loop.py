@@ -1,0 +1,143 @@
+"""
+The job of recipes/pretrain.py as a bare Accelerate loop, for those who want to change the loop. Same flags.
+
+    accelerate launch recipes/pretrain_loop.py
+    accelerate launch recipes/pretrain_loop.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
+
+What it leaves to the Trainer: checkpoints to resume from, the model card, the Hub.
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import get_scheduler, set_seed
+
+from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+    check_writable,
+    parse,
+    use_all_cores,
+)
+from hf_minigpt.training.metrics import evaluate_language_model, sample_texts
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def endless_batches(loader: DataLoader, rows: ShuffledDocumentRows) -> Iterator[Batch]:
+    """The batches of one epoch after the other, each with its own order of documents and rows."""
+    for epoch in itertools.count():
+        rows.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    model_args, data_args, args = parse((ModelArguments, DataArguments, PretrainArguments), argv, description=__doc__)
+    use_all_cores(args.cpu_threads)
+    check_writable(args.output_dir)
+    length = context_length(model_args)
+    documents = open_documents(data_args)
+    mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=args.use_cpu)
+    with accelerator.local_main_process_first():
+        tokenizer, corpus = prepare_data(model_args, data_args, documents)
+
+    set_seed(args.seed)
+    rows, held_out = ShuffledDocumentRows(corpus.train, length, args.seed), DocumentRows(corpus.validation, length)
+    collator = LanguageModelCollator(tokenizer.pad_token_id)
+    generator = torch.Generator().manual_seed(args.seed)
+    sampler = RandomSampler(rows, generator=generator)
+    loader = DataLoader(rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=collator, drop_last=True)
+    model = build_model(model_args, tokenizer).to(accelerator.device)
+    factory_and_kwargs = optimizer_cls_and_kwargs(args)
+    if factory_and_kwargs is None:
+        raise ValueError(f"optimizer={args.optimizer!r}: this loop has no Trainer; choose muon or adamw.")
+    factory, optimizer_kwargs = factory_and_kwargs
+    optimizer = factory()(model, **optimizer_kwargs)
+
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(rows) / rows_per_step)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(num_steps),
+        num_steps,
+        args.scheduler_kwargs(num_steps),
+    )
+    # the scheduler stays ours: accelerate would step a prepared one once for every process
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if len(loader) == 0:
+        raise ValueError(
+            f"per_device_train_batch_size={args.per_device_train_batch_size} is more than the {len(rows)} rows give "
+            f"each of {accelerator.num_processes} processes: choose a smaller one."
+        )
+    every = max(1, int(args.eval_steps * num_steps) if args.eval_steps < 1 else int(args.eval_steps))
+
+    history: list[dict[str, float]] = []
+    tokens_seen, start = 0, time.perf_counter()
+    batches = endless_batches(loader, rows)
+    wrapped.train()
+    for step in range(1, num_steps + 1):
+        # The loss of a step is the mean over all its tokens, in whichever micro-batch and on whichever process they
+        # lie: so count them first, and let every micro-batch divide by the same number.
+        micro_batches = list(itertools.islice(batches, args.gradient_accumulation_steps))
+        num_tokens = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
+        num_tokens = accelerator.reduce(num_tokens, "sum")
+        total = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                loss = wrapped(**batch, num_items_in_batch=num_tokens, use_cache=False).loss
+                # DDP averages the gradients of the processes, and here they must add up
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+        if args.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        tokens_seen += rows_per_step * length
+        total = accelerator.reduce(total, "sum")
+        history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
+
+        if step % every == 0 or step == num_steps:
+            max_rows = args.eval_max_rows if step < num_steps else None
+            results = evaluate_language_model(model, held_out, collator, args.eval_batch_size, accelerator, max_rows)
+            history.append({"num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}})
+            speed = tokens_seen / (time.perf_counter() - start)
+            accelerator.print(
+                f"step {step}/{num_steps}: loss {total.item():.3f}, held out {results['loss']:.3f} "
+                f"({results['bits_per_byte']:.3f} bits per byte), {speed:,.0f} tokens per second"
+            )
+
+    if accelerator.is_main_process:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
+        Path(args.output_dir, "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
+        print(f"\n{args.output_dir} holds the model. Next:\n  python recipes/generate.py {args.output_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    main()
