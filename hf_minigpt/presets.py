@@ -131,6 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the article's two columns: a CPU's and a GPU's
     "baby": _baby(width=16, head_dim=4, heads=2, layers=2, context=8, dropout=0.2),
     "baby-large": _baby(width=512, head_dim=16, heads=6, layers=6, context=256, dropout=0.2),
+    "minigpt-pico": _modern(layers=2, width=128, head_dim=64, context=256, vocab_size=1024),
     "minigpt-nano": _modern(layers=4, width=128, head_dim=32, context=256, vocab_size=1024),
     "minigpt-small": _modern(layers=6, width=384, head_dim=64, context=512),
     "minigpt-base": _modern(layers=12, width=768, head_dim=128, context=1024),

@@ -83,7 +83,7 @@ def test_linear_cross_entropy_equals_autograd(elements, with_bias, softcap, monk
     expected_correct = (logits[:, :67].argmax(1) == targets).sum()
 
     total, correct = functional_minigpt.linear_cross_entropy(
-        hidden, weight, bias, targets, row_weights=row_weights, softcap=softcap, num_ids=67
+        hidden, weight, bias, targets, row_weights=row_weights, softcap=softcap, num_ids=67, count_correct=True
     )
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-3)
     assert correct.dtype == torch.int64 and correct == expected_correct

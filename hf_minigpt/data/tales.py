@@ -249,7 +249,8 @@ SLOTS: dict[str, Slot] = {
     "absent_role": _role_of("absent"),
     "absent_place": _place(lambda world, bound: _only(world.where.get(bound["absent"]))),
     # travelling
-    "traveller": _person(lambda world, bound: world.people),
+    # the friend, of whom the tale has just told, leaves home first
+    "traveller": _person(lambda world, bound: world.people if world.num_journeys else _only(world.subject)),
     "goal": _place(
         lambda world, bound: [place for place in world.places if place != world.where.get(bound["traveller"])]
     ),
@@ -379,9 +380,9 @@ KINDS: dict[str, Kind] = {
     ),
     "friend": Kind(
         (
-            "{new_person} the {new_role}, a friend of {subject}, lived in a {new_place}.",
-            "{new_person} the {new_role}, a cousin of {subject}, lived in a {new_place}.",
-            "Not far away, {new_person} the {new_role} lived in a {new_place}.",
+            "{new_person} the {new_role}, a friend of {subject}, looked after a {new_place}.",
+            "{new_person} the {new_role}, a cousin of {subject}, watched over a {new_place}.",
+            "Not far away, {new_person} the {new_role} rented a {new_place}.",
         ),
         _introduce,
     ),

@@ -30,7 +30,7 @@ class ModelArguments:
         metadata={"help": "Folder or Hub name of a MiniGPT to go on from, with its tokenizer. Instead of --preset."},
     )
     preset: str = field(
-        default="minigpt-nano", metadata={"help": "Named configuration to start from scratch (hf_minigpt.presets)."}
+        default="minigpt-pico", metadata={"help": "Named configuration to start from scratch (hf_minigpt.presets)."}
     )
     tokenizer: str | None = field(
         default=None,
@@ -147,11 +147,19 @@ class PretrainArguments(TrainingArguments):
     """
 
     output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
-    per_device_train_batch_size: int = field(default=16, metadata=_HELP["per_device_train_batch_size"])
+    per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
     per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
     num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
-    learning_rate: float = field(default=3e-3, metadata=_HELP["learning_rate"])
-    weight_decay: float = field(default=0.1, metadata=_HELP["weight_decay"])
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "AdamW's learning rate. Default: 8e-3 beside Muon, where it is that of the head, norms and "
+            "biases; else 1e-3."
+        },
+    )
+    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
+    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
+    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
     adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
     lr_scheduler_type: SchedulerType | str = field(default="warmup_stable_decay", metadata=_HELP["lr_scheduler_type"])
     warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
@@ -175,7 +183,10 @@ class PretrainArguments(TrainingArguments):
     )
     matrix_learning_rate: float = field(default=0.02, metadata={"help": "Learning rate of Muon's matrices."})
     embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the embeddings. Default: learning_rate."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the embeddings beside Muon. Default: 0.3 of their initial standard deviation."
+        },
     )
     muon_scaling: Literal["original", "moonlight"] = field(
         default="original",
@@ -185,7 +196,7 @@ class PretrainArguments(TrainingArguments):
         },
     )
     decay_fraction: float = field(
-        default=0.6,
+        default=1.0,
         metadata={"help": "Share of the steps in which warmup_stable_decay goes down, linearly, to zero."},
     )
     eval_max_rows: int | None = field(
@@ -212,6 +223,8 @@ class PretrainArguments(TrainingArguments):
                 "dataloader_persistent_workers=True: workers that outlive an epoch never see the next one's order of "
                 "the documents. Leave it out."
             )
+        if self.learning_rate is None:
+            self.learning_rate = 8e-3 if self.optimizer == "muon" else 1e-3
         self._choose_precision()
         if not torch.accelerator.is_available() and not self.bf16:
             # without it, two processes of torchrun on a CPU would each train alone, unaware of the other

@@ -50,6 +50,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -64,7 +65,7 @@ FORMAT_VERSION = 1
 
 # The Trainer leaves names that begin with an underscore out of what it pushes to the Hub.
 LOCK = "_run.lock"
-BROKEN = "_broken-"
+ASIDE = "_aside-"
 DELETED = "_deleted-"
 
 # sysexits.h: EX_TEMPFAIL, "try again later"
@@ -179,7 +180,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(text)
         checksum = manifest.pop("checksum")
     except FileNotFoundError as error:
-        raise BrokenCheckpoint(f"{path} is missing: the checkpoint was never finished") from error
+        raise BrokenCheckpoint(f"{path} is missing: the checkpoint was never finished, or never sealed") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path} is unreadable: {error}") from error
     if checksum != hashlib.blake2b(_dumps(manifest).encode(), digest_size=16).hexdigest() or text != _dumps(
@@ -233,10 +234,10 @@ def newest_sealed(output_dir: str | Path) -> str | None:
 
 
 def _set_aside(folder: Path, reason: str) -> None:
-    target = folder.with_name(BROKEN + folder.name)
+    target = folder.with_name(ASIDE + folder.name)
     number = 2
     while target.exists():
-        target = folder.with_name(f"{BROKEN}{folder.name}-{number}")
+        target = folder.with_name(f"{ASIDE}{folder.name}-{number}")
         number += 1
     folder.rename(target)
     print(f"{folder} is set aside as {target.name}: {reason}", flush=True)
@@ -245,7 +246,7 @@ def _set_aside(folder: Path, reason: str) -> None:
 def find_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that verifies, or None.
 
-    Broken ones that are newer, and all unfinished ones, are renamed to `_broken-checkpoint-N`, never deleted; the
+    Broken ones that are newer, and all unfinished ones, are renamed to `_aside-checkpoint-N`, never deleted; the
     reason is printed.
     """
     good = None
@@ -507,16 +508,20 @@ HARMLESS_CONFIG = {"_name_or_path", "architectures", "transformers_version", "us
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:
-    """A digest of a training set: its length, items spread over it, and of our rows the whole store.
+    """A digest of a training set: of our rows what they are made from, of others the length and some of the items.
 
     None for a dataset that only iterates: its fingerprint must come from elsewhere.
     """
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
         return None
     items: Any = dataset
-    content = [len(items), [items[i] for i in range(0, len(items), max(1, len(items) // SAMPLED_ITEMS))]]
+    content: list[Any] = [len(items)]
     if isinstance(dataset, Rows):
-        content.append(dataset.store.manifest)
+        # which rows they are in the current epoch says nothing about the run
+        settings = {k: v for k, v in vars(dataset).items() if isinstance(v, int) and k != "epoch"}
+        content += [type(dataset).__name__, settings, dataset.store.manifest]
+    else:
+        content += [items[i] for i in range(0, len(items), max(1, len(items) // SAMPLED_ITEMS))]
     text = json.dumps(content, default=lambda item: item.tolist() if hasattr(item, "tolist") else type(item).__name__)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -534,16 +539,25 @@ def run_fingerprint(trainer: Trainer, dataset: str | None = None) -> dict[str, A
     model: Any = trainer.model
     own = {field.name for field in dataclasses.fields(args)}
     own -= {field.name for field in dataclasses.fields(TrainingArguments)} | HARMLESS_FIELDS
-    # else it is the one that the arguments name
-    optimizer = trainer.optimizer_cls_and_kwargs[0] if trainer.optimizer_cls_and_kwargs else type(trainer.optimizer)
     run = {
         "arguments": {name: getattr(args, name) for name in [*RUN_FIELDS, *sorted(own)]},
         "config": {k: v for k, v in model.config.to_dict().items() if k not in HARMLESS_CONFIG},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "optimizer": optimizer.__name__,
+        "optimizer": _optimizer_name(trainer),
         "dataset": dataset or dataset_fingerprint(trainer.train_dataset),
     }
     return _as_json(run)
+
+
+def _optimizer_name(trainer: Trainer) -> str:
+    optimizer: Any = trainer.optimizer
+    model: Any = trainer.model
+    if trainer.optimizer_cls_and_kwargs:
+        return trainer.optimizer_cls_and_kwargs[0].__name__
+    if optimizer is None:
+        return trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[0].__name__
+    # a trainer that has trained before has it wrapped
+    return type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer).__name__
 
 
 def _as_json(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 
 # Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon): steepest at zero, and all
@@ -58,6 +59,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: per step, times the learning rate.
         momentum, newton_schulz_steps: of Muon.
+        momentum_warmup_steps: steps in which Muon's momentum rises to `momentum` from `initial_momentum`: an
+            average over the first, quickly changing gradients would be stale.
         scaling: Muon's update times `sqrt(max(1, rows / columns))` (`original`) or `0.2 sqrt(max(rows, columns))`
             (`moonlight`, arXiv 2502.16982: the root mean square of AdamW's update, so that its lr can be used).
         betas, eps: of AdamW.
@@ -72,6 +75,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float = 3e-3,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        initial_momentum: float = 0.85,
+        momentum_warmup_steps: int = 300,
         newton_schulz_steps: int = 5,
         scaling: Scaling = "original",
         betas: tuple[float, float] = (0.9, 0.95),
@@ -83,6 +88,10 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
+            "initial_momentum": initial_momentum,
+            "momentum_warmup_steps": momentum_warmup_steps,
+            # steps taken so far; here, not in `state`, so that it is one number a group
+            "num_steps": 0,
             "newton_schulz_steps": newton_schulz_steps,
             "scaling": scaling,
             "betas": betas,
@@ -111,6 +120,7 @@ class MuonAdamW(torch.optim.Optimizer):
             parameters: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
             if group["kind"] == "muon":
                 self._step_muon(group, parameters)
+                group["num_steps"] += 1
             elif parameters:
                 self._step_adamw(group, parameters)
         return loss
@@ -123,7 +133,7 @@ class MuonAdamW(torch.optim.Optimizer):
             stacks[parameter.shape, parameter.dtype, parameter.device].append(parameter)
         for (shape, dtype, _), stack in stacks.items():
             rows, columns = shape
-            lr, momentum = group["lr"], group["momentum"]
+            lr, momentum = group["lr"], _momentum(group)
             buffers = [self.state[p]["momentum_buffer"] for p in stack]
             torch._foreach_lerp_(buffers, _grads(stack), 1 - momentum)
             updates = torch.stack(torch._foreach_lerp(_grads(stack), buffers, momentum))
@@ -163,6 +173,11 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+def _momentum(group: dict[str, Any]) -> float:
+    progress = min(group["num_steps"] / max(group["momentum_warmup_steps"], 1), 1.0)
+    return group["initial_momentum"] + (group["momentum"] - group["initial_momentum"]) * progress
+
+
 def _grads(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
@@ -184,7 +199,7 @@ def hidden_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def muon_adamw(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     learning_rate: float,
     matrix_learning_rate: float,
@@ -199,7 +214,7 @@ def muon_adamw(
     Args:
         learning_rate: of AdamW.
         matrix_learning_rate: of Muon.
-        embedding_learning_rate: of the embedding tables; None: `learning_rate`.
+        embedding_learning_rate: of the embedding tables; None: 0.3 of the standard deviation they start at.
         weight_decay: of everything that is a matrix.
     """
     matrices = hidden_matrices(model)
@@ -210,10 +225,12 @@ def muon_adamw(
         "head": [p for p in rest.values() if id(p) not in embeddings and p.ndim >= 2],
         "vectors": [p for p in rest.values() if p.ndim < 2],
     }
+    if embedding_learning_rate is None:
+        embedding_learning_rate = 0.3 * model.config.initializer_range
     # the first group's learning rate is the one that the Trainer logs
     groups = [
         {"kind": "muon", "params": list(matrices.values()), "lr": matrix_learning_rate},
-        {"kind": "adamw", "params": adamw_groups["embeddings"], "lr": embedding_learning_rate or learning_rate},
+        {"kind": "adamw", "params": adamw_groups["embeddings"], "lr": embedding_learning_rate},
         {"kind": "adamw", "params": adamw_groups["head"], "lr": learning_rate},
         {"kind": "adamw", "params": adamw_groups["vectors"], "lr": learning_rate, "weight_decay": 0.0},
     ]
@@ -253,7 +270,7 @@ def adamw_decaying_matrices(
 class OptimizerFactory:
     """What `Trainer(optimizer_cls_and_kwargs=...)` calls as `OptimizerFactory()(model, **kwargs)`."""
 
-    def __call__(self, model: nn.Module, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
+    def __call__(self, model: PreTrainedModel, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
         return muon_adamw(model, **kwargs) if kind == "muon" else adamw_decaying_matrices(model, **kwargs)
 
 

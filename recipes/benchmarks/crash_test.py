@@ -120,12 +120,15 @@ class Run:
             self.steps_repeated += max(0, min(self.reached, resumed_at + len(self.lines) - 1) - resumed_at)
             self.reached = max(self.reached, resumed_at + len(self.lines) - 1)
 
-    def kill(self, after: str, seconds: float) -> bool:
+    def kill(self, after: str, seconds: float, saves: int = 1) -> bool:
         """Kill it some seconds after its start, its first step or the start of a save. False if it ended before."""
-        has_come = {"start": lambda: True, "step": self.poll, "save": lambda: self.poll() and self.is_saving()}[after]
-        deadline = None
+        deadline, was_saving = None, False
         while self.process.is_alive():
-            if deadline is None and has_come():
+            is_saving = bool(self.poll()) and self.is_saving()
+            saves -= is_saving and not was_saving
+            was_saving = is_saving
+            has_come = {"start": True, "step": bool(self.poll()), "save": saves <= 0}[after]
+            if deadline is None and has_come:
                 deadline = time.monotonic() + seconds
             if deadline is not None and time.monotonic() >= deadline:
                 self.process.kill()
@@ -167,7 +170,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="a file, a folder or a Hub name; without it, embedded tales")
     parser.add_argument("--loop", action="store_true", help="recipes/pretrain_loop.py instead of recipes/pretrain.py")
     parser.add_argument("--recipe", type=Path, help="another script with main(argv)")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--seed", type=int, help="of the moments; default: another each time")
     args = parser.parse_args()
@@ -193,10 +196,10 @@ def main() -> None:
         while kills < args.kills:
             killed.start()
             after = ("save", "step", "save", "step", "start")[kills % 5]
-            longest = {"start": seconds.start, "step": 1.5 * args.save_steps * seconds.step, "save": seconds.save}[
+            longest = {"start": seconds.start, "step": 2.5 * args.save_steps * seconds.step, "save": seconds.save}[
                 after
             ]
-            was_killed = killed.kill(after, rng.uniform(0, longest))
+            was_killed = killed.kill(after, rng.uniform(0, longest), saves=rng.choice([1, 2]))
             saving = killed.is_saving()
             killed.finish()
             if not was_killed:

@@ -196,7 +196,7 @@ def test_resume_is_exact_with(store, tmp_path, arguments):
     assert history(trainer) == history(uninterrupted)
 
 
-def test_resume_of_a_finished_run(finished, store, tmp_path):
+def test_resume_of_a_finished_run(finished, store, tmp_path, capsys):
     shutil.copytree(Path(finished[0].args.output_dir, f"checkpoint-{STEPS}"), tmp_path / f"checkpoint-{STEPS}")
     trainer = make_trainer(store, tmp_path, resume_from_checkpoint="auto")
     output = train_safely(trainer)
@@ -205,6 +205,7 @@ def test_resume_of_a_finished_run(finished, store, tmp_path):
     # and it can be trained further
     trainer.args.max_steps = STEPS + 3
     assert train_safely(trainer, allow_changed_run=True).global_step == STEPS + 3
+    assert capsys.readouterr().out.count(" there, ") == 1
 
 
 def test_save_total_limit_and_best_model(store, tmp_path):
@@ -332,9 +333,9 @@ def test_every_damage_to_every_file_is_noticed(run_folder, capsys):
                 resolve_resume(str(newest), run_folder)
             assert resolve_resume("auto", run_folder) == str(run_folder / "checkpoint-7"), (path.name, name)
             printed = capsys.readouterr().out
-            assert "_broken-checkpoint-14" in printed and path.name in printed
+            assert "_aside-checkpoint-14" in printed and path.name in printed
             assert not newest.exists()
-            shutil.rmtree(run_folder / "_broken-checkpoint-14")
+            shutil.rmtree(run_folder / "_aside-checkpoint-14")
             shutil.copytree(run_folder.parent / "whole", newest)
     assert find_checkpoint(run_folder) == str(newest)
 
@@ -345,8 +346,8 @@ def test_set_aside_is_never_overwritten(run_folder):
         broken.mkdir()
         (broken / "model.safetensors").write_text(text)
         find_checkpoint(run_folder)
-    assert (run_folder / "_broken-checkpoint-20" / "model.safetensors").read_text() == "first"
-    assert (run_folder / "_broken-checkpoint-20-2" / "model.safetensors").read_text() == "second"
+    assert (run_folder / "_aside-checkpoint-20" / "model.safetensors").read_text() == "first"
+    assert (run_folder / "_aside-checkpoint-20-2" / "model.safetensors").read_text() == "second"
 
 
 def test_resolve_resume(run_folder, tmp_path):
@@ -363,7 +364,7 @@ def test_resolve_resume(run_folder, tmp_path):
 
     older = str(run_folder / "checkpoint-7")
     assert resolve_resume(older, run_folder) == older
-    assert (run_folder / "_broken-checkpoint-14").is_dir()
+    assert (run_folder / "_aside-checkpoint-14").is_dir()
 
     unfinished = tmp_path / "unfinished" / "checkpoint-5"
     unfinished.mkdir(parents=True)
@@ -769,6 +770,51 @@ def test_resume_of_a_stream_is_exact(tmp_path):
     train_safely(trainer, dataset="the stream")
     assert_same_weights(trainer, weights(uninterrupted))
     assert history(trainer) == history(uninterrupted)
+
+
+# TRL
+
+
+@pytest.mark.slow
+def test_sft_trainer(tmp_path):
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_minigpt.data.tales import tales
+    from hf_minigpt.tokenization import train_tokenizer
+
+    texts = list(tales(60))
+    tokenizer = train_tokenizer(texts, 512, model_max_length=64)
+
+    def make(output_dir, callbacks=(), **arguments):
+        torch.manual_seed(0)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        model = MiniGPTForCausalLM(tiny_config("gpt2", vocab_size=512, resid_pdrop=0.1, **ids))
+        args = SFTConfig(
+            str(output_dir),
+            max_length=64,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=20,
+            save_steps=6,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            **arguments,
+        )
+        data = datasets.Dataset.from_dict({"text": texts})
+        return SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks))
+
+    uninterrupted = make(tmp_path / "uninterrupted")
+    train_safely(uninterrupted)
+    with pytest.raises(SystemExit, match="75"):
+        train_safely(make(tmp_path / "run", [At(10, lambda model: os.kill(os.getpid(), signal.SIGTERM))]))
+    resumed = make(tmp_path / "run", resume_from_checkpoint="auto")
+    train_safely(resumed)
+    assert_same_weights(resumed, weights(uninterrupted))
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-18", "checkpoint-20"}
 
 
 # Other processes
