@@ -1,0 +1,64 @@
+"""The README's commands name what exists, and its Python runs."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from tiny import tiny_model
+
+from hf_minigpt.tokenization import train_tokenizer
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_what_exists(command):
+    pretrain_types = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
+    flags = {field.name for pretrain_type in pretrain_types for field in dataclasses.fields(pretrain_type)}
+    script = None
+    for word in shlex.split(command):
+        if word.startswith(("recipes/", "constraints")):
+            assert (ROOT / word).exists(), word
+            script = word if word.endswith(".py") else script
+        elif word.startswith("--") and script == "recipes/pretrain.py":
+            assert word.removeprefix("--") in flags | {"config"}, word
+        elif word.startswith("--") and script is not None:
+            assert word in (ROOT / script).read_text(encoding="utf-8"), word
+
+
+def test_the_map_is_true():
+    block = README.split("## Map")[1].split("```text\n")[1].split("```")[0]
+    folder = ROOT
+    for line in block.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if indent == 0:
+            folder = ROOT / name
+            path = folder
+        elif indent == 2:
+            path = inner = folder / name
+        else:
+            path = inner / name
+        assert path.exists(), path
+    listed = {line.split()[0].rstrip("/") for line in block.splitlines()}
+    here = [*ROOT.glob("hf_minigpt/**/*.py"), *ROOT.glob("recipes/*.py")]
+    unlisted = {path.name for path in here if path.name != "__init__.py" and "publishing" not in path.parts} - listed
+    assert not unlisted
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_python_runs(snippet, tmp_path, monkeypatch):
+    texts = ["Once upon a time there was a mill, and nobody knew why."] * 20
+    tokenizer = train_tokenizer(texts, 320, model_max_length=64, show_progress=False)
+    model = tiny_model("modern", vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0, pad_token_id=1)
+    monkeypatch.chdir(tmp_path)
+    for part in (model, tokenizer):
+        part.save_pretrained("runs/pretrain")
+    exec(snippet, {"my_dataset": Dataset.from_dict({"text": texts})})
