@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny import tiny_model
 
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from tiny import tiny_model
 
 
 ROOT = Path(__file__).parent.parent
