@@ -297,6 +297,34 @@ def linear_cross_entropy(
         )
 
 
+def causal_lm_loss_without_logits(
+    lm_head: nn.Linear,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    softcap: float | None = None,
+    num_ids: int | None = None,
+    count_correct: bool = False,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`causal_lm_loss` of a plain linear head on hidden states (B, T, D), and the hits of `linear_cross_entropy`."""
+    targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).flatten()
+    targets = targets.to(hidden_states.device)
+    total, num_correct = linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        lm_head.weight,
+        lm_head.bias,
+        targets,
+        softcap=softcap,
+        num_ids=num_ids,
+        ignore_index=ignore_index,
+        count_correct=count_correct,
+    )
+    return divide(total, num_items_in_batch, targets, ignore_index), num_correct
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """
     Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.

@@ -38,6 +38,7 @@ from .functional_minigpt import (
     apply_rotary,
     auxiliary_lm_loss,
     causal_lm_loss,
+    causal_lm_loss_without_logits,
     check_positions,
     classification_loss,
     count_hits,
@@ -45,8 +46,6 @@ from .functional_minigpt import (
     find_text,
     finish_logits,
     is_plain_linear,
-    linear_cross_entropy,
-    shift,
     sinusoidal_embedding,
 )
 
@@ -94,9 +93,7 @@ class MiniGPTRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = rope_init_fn(config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
@@ -386,10 +383,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
 
 @dataclass
 class MiniGPTCausalLMOutput(CausalLMOutputWithPast):
-    """
-    `CausalLMOutputWithPast` with, if `count_correct=True` was asked for, `num_correct`: how many labels are the most
-    likely token (int64, 0-dim).
-    """
+    """`num_correct` (int64, 0-dim), with `count_correct=True`: how many labels are the most likely token."""
 
     num_correct: torch.Tensor | None = None
 
@@ -456,7 +450,15 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
 
         loss = logits = num_correct = None
         if skip_logits and self.loss_function is causal_lm_loss and is_plain_linear(self.lm_head):
-            loss, num_correct = self.loss_without_logits(hidden_states, labels, count_correct, **loss_kwargs)
+            loss, num_correct = causal_lm_loss_without_logits(
+                self.lm_head,
+                hidden_states,
+                labels,
+                softcap=self.config.final_logit_softcapping,
+                num_ids=self.config.unpadded_vocab_size,
+                count_correct=count_correct,
+                **loss_kwargs,
+            )
         else:
             if not has_labels:
                 hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
@@ -487,23 +489,6 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             num_correct=num_correct if count_correct else None,
         )
-
-    def loss_without_logits(
-        self, hidden_states, labels, count_correct, num_items_in_batch=None, shift_labels=None, ignore_index=-100
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).flatten()
-        targets = targets.to(hidden_states.device)
-        total, num_correct = linear_cross_entropy(
-            hidden_states.flatten(0, 1),
-            self.lm_head.weight,
-            self.lm_head.bias,
-            targets,
-            softcap=self.config.final_logit_softcapping,
-            num_ids=self.config.unpadded_vocab_size,
-            ignore_index=ignore_index,
-            count_correct=count_correct,
-        )
-        return divide(total, num_items_in_batch, targets, ignore_index), num_correct
 
 
 class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):

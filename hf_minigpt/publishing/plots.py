@@ -55,7 +55,7 @@ def plot_rungs(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = list(held_out)
-    bars = axes.bar(names, held_out.values(), color="tab:blue", alpha=0.8, label="held out")
+    bars = axes.bar(names, list(held_out.values()), color="tab:blue", alpha=0.8, label="held out")
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.scatter(names, [training[name] for name in names], color="black", marker=".", zorder=3, label="training")
     if floor is not None:
@@ -120,7 +120,7 @@ def plot_next_tokens(probabilities: Sequence[float], tokens: Sequence[str], path
     axes = figure.add_subplot()
     places = range(len(tokens))
     bars = axes.barh(places, probabilities, color="tab:blue", alpha=0.8)
-    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.bar_label(bars, fmt="%.2g", padding=3)
     axes.set_yticks(places, tokens, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("probability of being the next token")
