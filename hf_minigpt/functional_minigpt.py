@@ -94,6 +94,18 @@ def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | No
     return logits
 
 
+def check_labels(labels: torch.Tensor, num_ids: int, ignore_index: int = -100) -> None:
+    """Refuse labels outside [0, num_ids), `ignore_index` apart; on the CPU only, where looking waits for no kernel."""
+    if is_tracing(labels) or labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    wrong = labels[((labels < 0) | (labels >= num_ids)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"Label {int(wrong[0])} is out of range: there are {num_ids} ids or classes, 0 to {num_ids - 1}, and "
+            f"{ignore_index} is ignored. Check the tokenizer or the label column against the model's config."
+        )
+
+
 def shift(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Labels (B, T) aligned with the position that predicts them: each moves one to the left."""
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -120,6 +132,7 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = shift(labels, ignore_index)
     targets = shift_labels.reshape(-1).to(logits.device)
+    check_labels(targets, vocab_size, ignore_index)
     total = F.cross_entropy(
         logits.reshape(-1, vocab_size).float(), targets, ignore_index=ignore_index, reduction="sum"
     )
@@ -159,6 +172,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
     if problem_type == "regression":
         return F.mse_loss(logits.view_as(labels), labels.float(), reduction="sum")
     if problem_type == "single_label_classification":
+        check_labels(labels, logits.shape[-1])
         return F.cross_entropy(logits, labels.view(-1).long(), reduction="sum")
     return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
 
@@ -312,6 +326,7 @@ def causal_lm_loss_without_logits(
     """`causal_lm_loss` of a plain linear head on hidden states (B, T, D), and the hits of `linear_cross_entropy`."""
     targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).flatten()
     targets = targets.to(hidden_states.device)
+    check_labels(targets, lm_head.out_features if num_ids is None else num_ids, ignore_index)
     total, num_correct = linear_cross_entropy(
         hidden_states.flatten(0, 1),
         lm_head.weight,

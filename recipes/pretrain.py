@@ -1,4 +1,4 @@
-"""
+r"""
 Pretrain a MiniGPT. Without arguments: on the embedded tales, on a laptop's CPU, without network, in a few minutes.
 
     accelerate launch recipes/pretrain.py
@@ -13,8 +13,12 @@ Going on from a checkpoint, with its tokenizer; from a YAML file, flags winning 
     accelerate launch recipes/pretrain.py --config recipes/configs/books.yaml --learning_rate 2e-3
     python recipes/pretrain.py --config recipes/configs/bookcorpus.yaml --plan --price_per_hour 3
 
-Two processes on one machine: `torchrun --nproc_per_node 2 recipes/pretrain.py ...`. Interrupted: run the same command
-again with `--resume_from_checkpoint auto`.
+Interrupted, by Ctrl-C or by a crash: the same command with `--resume_from_checkpoint auto` goes on as if nothing had
+been; without it, a folder that holds checkpoints is refused. Two processes on one machine, started again if one dies
+(the variable keeps torchrun from handing them the addresses of the dead ones):
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node 2 --max-restarts 3 \
+        recipes/pretrain.py --resume_from_checkpoint auto
 """
 
 import shlex
@@ -37,12 +41,14 @@ from hf_minigpt.training.arguments import (
     parse,
     use_all_cores,
 )
-from hf_minigpt.training.callbacks import PrintSample, SetEpoch
+from hf_minigpt.training.callbacks import PrintSample
+from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.metrics import decode_documents, sample_texts, tale_metrics
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.plan import plan_pretraining
 from hf_minigpt.training.reporting import pretraining_report
-from hf_minigpt.training.setup import build_model, context_length, find_checkpoint, open_documents, prepare_data
+from hf_minigpt.training.sealing import check_resume
+from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Whatever can be wrong is found before anything takes long.
     check_writable(args.output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
     documents = open_documents(data_args)
 
@@ -75,17 +81,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=args,
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
-        data_collator=LanguageModelCollator(tokenizer.pad_token_id),
+        data_collator=LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer)),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
-        callbacks=[SetEpoch(), PrintSample(tokenizer)],
+        callbacks=[PrintSample(tokenizer)],
     )
     trainer.accelerator.print(
         f"{model.num_parameters():,} parameters, {corpus.train.num_tokens:,} training tokens of {documents.name} "
         f"({corpus.num_duplicates} duplicate documents left out), {len(tokenizer)} token vocabulary\n"
         f"{args.describe_hardware()}"
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
     metrics |= trainer.evaluate()
 
     # Results

@@ -4,7 +4,7 @@ The job of recipes/pretrain.py as a bare Accelerate loop, for those who want to 
     accelerate launch recipes/pretrain_loop.py
     accelerate launch recipes/pretrain_loop.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
 
-What it leaves to the Trainer: checkpoints to resume from, the model card, the Hub.
+Interrupted, it goes on with `--resume_from_checkpoint auto`. What it leaves to the Trainer: the model card, the Hub.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import get_scheduler, set_seed
+from transformers import TrainerState, get_scheduler, set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
@@ -31,20 +31,29 @@ from hf_minigpt.training.arguments import (
     parse,
     use_all_cores,
 )
+from hf_minigpt.training.divergence import LossGuard
+from hf_minigpt.training.fingerprints import check_same_run, dataset_fingerprint, run_fingerprint
 from hf_minigpt.training.metrics import evaluate_language_model, sample_texts
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
 from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data
+from hf_minigpt.training.signals import StopSignals
 
 
 Batch = dict[str, torch.Tensor]
 
 
-def endless_batches(loader: DataLoader, rows: ShuffledDocumentRows) -> Iterator[Batch]:
-    """The batches of one epoch after the other, each with its own order of documents and rows."""
-    for epoch in itertools.count():
+def endless_batches(
+    loader: DataLoader, rows: ShuffledDocumentRows, generator: torch.Generator, seed: int, first: int
+) -> Iterator[Batch]:
+    """The batches of one epoch after the other from number `first` on; an epoch's order follows from its number."""
+    first_epoch, skipped = divmod(first, len(loader))
+    for epoch in itertools.count(first_epoch):
         rows.set_epoch(epoch)
         loader.set_epoch(epoch)
-        yield from loader
+        # of the sampler and of the loader, which else would draw from torch's own generator, the one of the dropout
+        generator.manual_seed(seed + epoch)
+        yield from skip_first_batches(loader, skipped if epoch == first_epoch else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -52,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data_args, args = parse((ModelArguments, DataArguments, PretrainArguments), argv, description=__doc__)
     use_all_cores(args.cpu_threads)
     check_writable(args.output_dir)
+    check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
     documents = open_documents(data_args)
     mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
@@ -61,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     set_seed(args.seed)
     rows, held_out = ShuffledDocumentRows(corpus.train, length, args.seed), DocumentRows(corpus.validation, length)
-    collator = LanguageModelCollator(tokenizer.pad_token_id)
+    collator = LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer))
     generator = torch.Generator().manual_seed(args.seed)
-    sampler = RandomSampler(rows, generator=generator)
-    loader = DataLoader(rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=collator, drop_last=True)
+    options = {"sampler": RandomSampler(rows, generator=generator), "generator": generator, "drop_last": True}
+    loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, **options)
     model = build_model(model_args, tokenizer).to(accelerator.device)
     factory_and_kwargs = optimizer_cls_and_kwargs(args)
     if factory_and_kwargs is None:
@@ -74,13 +84,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(rows) / rows_per_step)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        args.get_warmup_steps(num_steps),
-        num_steps,
-        args.scheduler_kwargs(num_steps),
-    )
+    warmup_steps, scheduler_kwargs = args.get_warmup_steps(num_steps), args.scheduler_kwargs(num_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, scheduler_kwargs)
     # the scheduler stays ours: accelerate would step a prepared one once for every process
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if len(loader) == 0:
@@ -88,45 +93,77 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"per_device_train_batch_size={args.per_device_train_batch_size} is more than the {len(rows)} rows give "
             f"each of {accelerator.num_processes} processes: choose a smaller one."
         )
-    every = max(1, int(args.eval_steps * num_steps) if args.eval_steps < 1 else int(args.eval_steps))
+    # eval_steps and save_steps may be shares of the run
+    intervals = TrainerState()
+    intervals.compute_steps(args, num_steps)
+    run = run_fingerprint(args, model, dataset_fingerprint(rows), args.optimizer)
 
     history: list[dict[str, float]] = []
-    tokens_seen, start = 0, time.perf_counter()
-    batches = endless_batches(loader, rows)
-    wrapped.train()
-    for step in range(1, num_steps + 1):
-        # The loss of a step is the mean over all its tokens, in whichever micro-batch and on whichever process they
-        # lie: so count them first, and let every micro-batch divide by the same number.
-        micro_batches = list(itertools.islice(batches, args.gradient_accumulation_steps))
-        num_tokens = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
-        num_tokens = accelerator.reduce(num_tokens, "sum")
-        total = torch.zeros((), device=accelerator.device)
-        for i, batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                loss = wrapped(**batch, num_items_in_batch=num_tokens, use_cache=False).loss
-                # DDP averages the gradients of the processes, and here they must add up
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        if args.max_grad_norm > 0:
-            accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        tokens_seen += rows_per_step * length
-        total = accelerator.reduce(total, "sum")
-        history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
+    losses = LossGuard(args.output_dir)
+    start = time.perf_counter()
 
-        if step % every == 0 or step == num_steps:
-            max_rows = args.eval_max_rows if step < num_steps else None
-            results = evaluate_language_model(model, held_out, collator, args.eval_batch_size, accelerator, max_rows)
-            history.append({"num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}})
-            speed = tokens_seen / (time.perf_counter() - start)
-            accelerator.print(
-                f"step {step}/{num_steps}: loss {total.item():.3f}, held out {results['loss']:.3f} "
-                f"({results['bits_per_byte']:.3f} bits per byte), {speed:,.0f} tokens per second"
-            )
+    def evaluate(max_rows: int | None) -> dict[str, float]:
+        results = evaluate_language_model(model, held_out, collator, args.eval_batch_size, accelerator, max_rows)
+        history.append({"num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}})
+        accelerator.print(
+            f"step {step}/{num_steps}: loss {history[-2]['loss']:.3f}, held out {results['loss']:.3f} "
+            f"({results['bits_per_byte']:.3f} bits per byte), {time.perf_counter() - start:,.0f} s"
+        )
+        return results
 
+    sealer = CheckpointSealer(args.output_dir, args.save_total_limit, run)
+    with run_lock(args.output_dir), StopSignals() as stop, sealer:
+        checkpoint = resolve_resume(args.resume_from_checkpoint, args.output_dir)
+        step = 0
+        if checkpoint is not None:
+            check_same_run(checkpoint, run, args.allow_changed_run)
+            accelerator.load_state(checkpoint)
+            state = json.loads(Path(checkpoint, "loop.json").read_text())
+            step, history = state["step"], state["history"]
+            scheduler.load_state_dict(state["scheduler"])
+        tokens_seen = step * rows_per_step * length
+        batches = endless_batches(loader, rows, generator, args.seed, step * args.gradient_accumulation_steps)
+        wrapped.train()
+        while step < num_steps:
+            step += 1
+            # The loss of a step is the mean over all its tokens, in whichever micro-batch and on whichever process
+            # they lie: so count them first, and let every micro-batch divide by the same number.
+            micro_batches = list(itertools.islice(batches, args.gradient_accumulation_steps))
+            num_tokens = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
+            num_tokens = accelerator.reduce(num_tokens, "sum")
+            total = torch.zeros((), device=accelerator.device)
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                    loss = wrapped(**batch, num_items_in_batch=num_tokens, use_cache=False).loss
+                    # DDP averages the gradients of the processes, and here they must add up
+                    accelerator.backward(loss * accelerator.num_processes)
+                total += loss.detach()
+            if args.max_grad_norm > 0:
+                accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            tokens_seen += rows_per_step * length
+            total = accelerator.reduce(total, "sum")
+            losses.record(step, total)
+            history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
+
+            stopping = stop.requested()
+            if step % intervals.eval_steps == 0 and step < num_steps:
+                evaluate(args.eval_max_rows)
+            if stopping or step % intervals.save_steps == 0 or step == num_steps:
+                losses.check()
+                with sealer.saving(step) as folder:
+                    accelerator.save_state(folder)
+                    if accelerator.is_main_process:
+                        state = {"step": step, "history": history, "scheduler": scheduler.state_dict()}
+                        (folder / "loop.json").write_text(json.dumps(state))
+            if stopping:
+                break
+    stop.exit_if_requested()
+
+    results = evaluate(None)
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)

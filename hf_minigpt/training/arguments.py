@@ -172,6 +172,8 @@ class PretrainArguments(TrainingArguments):
     save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
     save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
     report_to: str | None = field(default="none", metadata=_HELP["report_to"])
+    # every parameter has a part in the loss
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata=_HELP["ddp_find_unused_parameters"])
     # the rows are tensors already, and the model takes shift_labels through **kwargs
     remove_unused_columns: bool = field(default=False, metadata=_HELP["remove_unused_columns"])
 
@@ -206,6 +208,10 @@ class PretrainArguments(TrainingArguments):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = field(
         default="auto", metadata={"help": "auto: bf16 where the GPU has it, fp16 where not, fp32 on a CPU."}
     )
+    allow_changed_run: bool = field(
+        default=False,
+        metadata={"help": "Resume even if data, batch size or other settings are not what they were."},
+    )
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Torch's threads on a CPU. Default: cores over the processes here."}
     )
@@ -218,6 +224,11 @@ class PretrainArguments(TrainingArguments):
             )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the steps: choose one in [0, 1].")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer smooths over full logits and "
+                "shifts labels itself; these rows come with shifted labels, and no logits are built. Leave it out."
+            )
         if self.dataloader_persistent_workers:
             raise ValueError(
                 "dataloader_persistent_workers=True: workers that outlive an epoch never see the next one's order of "

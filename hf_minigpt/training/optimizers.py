@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
@@ -53,6 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
     - `adamw`: AdamW (Loshchilov & Hutter, 2019), by torch's own kernels, fused where there are any.
 
     State is made in the first `step`, because accelerate exchanges the parameters' tensors after construction.
+    Parameters may be DTensors (FSDP2).
 
     Args:
         param_groups: dictionaries with `params`, `kind`, and whatever differs from the defaults below.
@@ -136,14 +138,15 @@ class MuonAdamW(torch.optim.Optimizer):
             lr, momentum = group["lr"], _momentum(group)
             buffers = [self.state[p]["momentum_buffer"] for p in stack]
             torch._foreach_lerp_(buffers, _grads(stack), 1 - momentum)
-            updates = torch.stack(torch._foreach_lerp(_grads(stack), buffers, momentum))
-            updates = orthogonalize(updates, group["newton_schulz_steps"]).to(dtype)
+            directions = [_whole(tensor) for tensor in torch._foreach_lerp(_grads(stack), buffers, momentum)]
+            updates = orthogonalize(torch.stack(directions), group["newton_schulz_steps"]).to(dtype)
             if group["scaling"] == "original":
                 scale = math.sqrt(max(1, rows / columns))
             else:
                 scale = 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(stack, list(updates.unbind()), alpha=-lr * scale)
+            shards = [_sharded_like(p, update) for p, update in zip(stack, updates.unbind(), strict=True)]
+            torch._foreach_add_(stack, shards, alpha=-lr * scale)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
@@ -171,6 +174,21 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+# A matrix that FSDP2 has cut into pieces is orthogonalised as a whole, by each process: only then is the run the same
+# on any number of them.
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return whole
+    # every process has the whole already: none sends anything
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _momentum(group: dict[str, Any]) -> float:

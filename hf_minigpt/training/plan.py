@@ -11,7 +11,7 @@ from ..data.rows import ShuffledDocumentRows
 from ..presets import preset
 from .arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
 from .optimizers import hidden_matrices
-from .setup import build_config, context_length, open_documents, prepare_data, prepare_tokenizer, trained_vocab_size
+from .setup import build_config, context_length, given_tokenizer, open_documents, prepare_data, trained_vocab_size
 
 
 # Share of a large matrix product's rate that training reaches; nanoGPT and llm.c report 30 to 60 % on A100 and H100.
@@ -152,7 +152,7 @@ def plan_pretraining(
         config = build_config(model_args, tokenizer)
         rows_per_epoch = len(ShuffledDocumentRows(corpus.train, length))
     elif model_args.tokenizer or model_args.model:
-        config = build_config(model_args, prepare_tokenizer(model_args, data_args, open_documents(data_args)))
+        config = build_config(model_args, given_tokenizer(model_args))
     else:
         fields = {"vocab_size": trained_vocab_size(model_args, data_args), "max_position_embeddings": length}
         config = preset(model_args.preset, **(model_args.overrides() | fields))

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_minigpt import MiniGPTConfig
 from ..data.corpora import Documents, load_documents
@@ -18,6 +20,7 @@ from ..modeling_minigpt import MiniGPTForCausalLM
 from ..presets import preset
 from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
 from .arguments import DataArguments, ModelArguments
+from .sealing import MANIFEST, verify_checkpoint
 
 
 # Entries of a tokenizer trained by default. The tales have some 300 words; for real text a small model on a CPU spends
@@ -73,15 +76,21 @@ def trained_vocab_size(args: ModelArguments, data_args: DataArguments) -> int:
     return args.vocab_size or (TALES_VOCAB_SIZE if data_args.dataset is None else DEFAULT_VOCAB_SIZE)
 
 
+def given_tokenizer(args: ModelArguments) -> PreTrainedTokenizerFast:
+    """`--tokenizer`, else that of `--model`."""
+    source = args.tokenizer or args.model
+    assert source is not None
+    tokenizer = load_tokenizer(source, model_max_length=context_length(args), trust_remote_code=args.trust_remote_code)
+    if args.model is not None:
+        check_tokenizer_fits(tokenizer, _checkpoint_config(args))
+    return tokenizer
+
+
 def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Documents) -> PreTrainedTokenizerFast:
     """`--tokenizer`, else that of `--model`, else one trained on the corpus, which the cache keeps."""
+    if args.tokenizer or args.model:
+        return given_tokenizer(args)
     length = context_length(args)
-    source = args.tokenizer or args.model
-    if source is not None:
-        tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=args.trust_remote_code)
-        if args.model is not None:
-            check_tokenizer_fits(tokenizer, _checkpoint_config(args))
-        return tokenizer
     vocab_size = trained_vocab_size(args, data_args)
     key = hashlib.blake2b(f"{documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
     folder = Path(data_args.cache_dir) / "tokenizers" / key
@@ -141,9 +150,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
     """The model to train, in float32: the checkpoint to go on from, else a fresh one; it samples when it generates."""
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code, **attention
-        )
+        model = _load_model(args.model, trust_remote_code=args.trust_remote_code, **attention)
     else:
         config = build_config(args, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
@@ -157,18 +164,25 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
     return model
 
 
-def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
-    """What to resume from: `auto` is the latest checkpoint in `output_dir`, or none.
-
-    Raises:
-        ValueError: a path that is no folder.
-    """
-    if resume_from_checkpoint is None or resume_from_checkpoint.lower() in ("false", "no"):
-        return None
-    if resume_from_checkpoint.lower() in ("auto", "true"):
-        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if not os.path.isdir(resume_from_checkpoint):
-        raise ValueError(
-            f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a checkpoint-N folder, or auto."
+def _load_model(name_or_path: str, **options: Any) -> MiniGPTForCausalLM:
+    if Path(name_or_path, MANIFEST).is_file():
+        verify_checkpoint(name_or_path)
+    remedy = "Its files are damaged or incomplete, or belong to another config.json: get them again."
+    try:
+        # mismatched ones would be an error that does not name them
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    return resume_from_checkpoint
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(f"model={name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} {remedy}") from error
+    model, info = loaded
+    # transformers starts these afresh
+    if info["missing_keys"]:
+        raise ValueError(f"model={name_or_path!r} has no {', '.join(sorted(info['missing_keys']))}. {remedy}")
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"model={name_or_path!r} has {name} of shape {tuple(found)} where its config.json wants "
+            f"{tuple(expected)}. {remedy}"
+        )
+    return model

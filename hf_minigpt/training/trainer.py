@@ -16,7 +16,8 @@ class LanguageModelTrainer(Trainer):
 
     - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
       `args.eval_max_rows`.
-    - The log has `num_input_tokens_seen` and, since the last entry and without evaluations, `tokens_per_second`.
+    - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations) and
+      `accuracy`, the share of the labels that were the most likely token.
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     """
 
@@ -24,8 +25,14 @@ class LanguageModelTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.args.optimizer == "muon":
+            raise ValueError(
+                "optimizer='muon' orthogonalises whole matrices, and DeepSpeed's ZeRO makes one long vector of them: "
+                "choose --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
+            )
         self._seconds_evaluating = 0.0
         self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
+        self._hits_and_labels = torch.zeros(2, dtype=torch.int64)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
@@ -41,6 +48,15 @@ class LanguageModelTrainer(Trainer):
         output.metrics["train_tokens_per_second"] = round(tokens / seconds, 1)
         return output
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "count_correct": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        num_labels = (inputs["shift_labels"] != -100).sum()
+        hits_and_labels = torch.stack([outputs.num_correct, num_labels])
+        self._hits_and_labels = self._hits_and_labels.to(hits_and_labels.device) + hits_and_labels
+        return (loss, outputs) if return_outputs else loss
+
     def _track_num_input_tokens(self, inputs):
         # the Trainer's own waits for the device in every micro-step; rows and batches are of one size everywhere
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
@@ -53,6 +69,9 @@ class LanguageModelTrainer(Trainer):
                 tokens_before = self._initial_num_input_tokens_seen
             logs["tokens_per_second"] = round((tokens - tokens_before) / (now - then), 1)
             self._logged_at = (now, tokens)
+            hits, num_labels = self.accelerator.reduce(self._hits_and_labels, "sum").tolist()
+            logs["accuracy"] = hits / max(num_labels, 1)
+            self._hits_and_labels = torch.zeros_like(self._hits_and_labels)
         # the base class would add a rate that counts evaluations, from start_time
         super().log(logs)
 

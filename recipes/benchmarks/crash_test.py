@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from hf_minigpt.training import checkpointing
+from hf_minigpt.training import sealing
+from hf_minigpt.training.signals import StopSignals
 
 
 RECIPES = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def run_recipe(recipe: ModuleType, flags: list[str], log: Path, reports: int) ->
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    requested, resolve = checkpointing.StopSignals.requested, checkpointing._resolve
+    requested, resolve = StopSignals.requested, sealing._resolve
 
     def report_step(self) -> bool:
         os.write(reports, b"step\n")
@@ -59,7 +60,7 @@ def run_recipe(recipe: ModuleType, flags: list[str], log: Path, reports: int) ->
         os.write(reports, f"{step_of(checkpoint)}\n".encode())
         return checkpoint
 
-    checkpointing.StopSignals.requested, checkpointing._resolve = report_step, report_resume
+    StopSignals.requested, sealing._resolve = report_step, report_resume
     recipe.main(flags)
 
 
@@ -77,7 +78,7 @@ class Run:
     lines: list[str] = field(default_factory=list)
 
     def start(self) -> None:
-        self.newest = step_of(checkpointing.newest_sealed(self.output_dir))
+        self.newest = step_of(sealing.newest_sealed(self.output_dir))
         self._reports, reports = os.pipe()
         os.set_blocking(self._reports, False)
         self.log = self.output_dir.parent / f"{self.output_dir.name}.log"
@@ -104,7 +105,7 @@ class Run:
 
     def is_saving(self) -> bool:
         folders = list(self.output_dir.glob("checkpoint-*"))
-        return any(not (folder / checkpointing.MANIFEST).exists() for folder in folders)
+        return any(not (folder / sealing.MANIFEST).exists() for folder in folders)
 
     def finish(self) -> None:
         """Take in what the process did before it ended, however it did."""

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_minigpt
-from hf_minigpt.training import checkpointing
+from hf_minigpt.training import sealing
 from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.optimizers import muon_adamw
 
 
@@ -106,16 +107,16 @@ def main() -> None:
             callbacks=[clock],
         )
         seals = []
-        seal_checkpoint = checkpointing.seal_checkpoint
+        seal_checkpoint = sealing.seal_checkpoint
 
         def timed_seal(*args) -> None:
             begin = time.perf_counter()
             seal_checkpoint(*args)
             seals.append(time.perf_counter() - begin)
 
-        checkpointing.seal_checkpoint = timed_seal
-        checkpointing.train_safely(trainer)
-        checkpoint = checkpointing.newest_sealed(folder)
+        sealing.seal_checkpoint = timed_seal
+        train_safely(trainer)
+        checkpoint = sealing.newest_sealed(folder)
         size = sum(path.stat().st_size for path in Path(checkpoint).iterdir())
 
     step, save, seal = (statistics.median(times) for times in (clock.steps[1:], clock.saves, seals))

@@ -1,5 +1,6 @@
 """The pretraining recipes from flag to files, on a corpus that the test writes."""
 
+import itertools
 import json
 import os
 import shlex
@@ -13,6 +14,8 @@ import pretrain_loop
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_minigpt.training.signals import StopSignals
 
 
 ROOT = Path(__file__).parents[2]
@@ -88,15 +91,43 @@ def test_a_checkpoint_is_trained_on_with_its_tokenizer_on_a_single_file(pretrain
     assert metrics["eval_loss"] < first["eval_loss"]
 
 
-def test_resume_auto_goes_on_from_the_last_checkpoint(corpus, folder):
-    output = folder / "resumed"
-    arguments = [*SMALL, *flags(folder, output, corpus), "--save_steps", "2", "--resume_from_checkpoint", "auto"]
-    pretrain.main([*arguments, "--max_steps", "4"])
-    state = json.loads((output / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
-    pretrain.main([*arguments, "--max_steps", "6"])
-    steps = [entry["step"] for entry in json.loads((output / "trainer_state.json").read_text())["log_history"]]
-    assert steps[0] == 1 and steps[-1] == 6 and (output / "checkpoint-6").is_dir()
+@pytest.mark.parametrize("recipe", [pretrain, pretrain_loop])
+def test_a_stopped_run_is_resumed_to_the_same_end(recipe, corpus, folder, monkeypatch):
+    arguments = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--cache_dir", str(folder / "cache")]
+    arguments += ["--dataset", str(corpus), "--resume_from_checkpoint", "auto"]
+    outputs = [folder / f"{recipe.__name__}_{kind}" for kind in ("untouched", "stopped")]
+    expected = recipe.main([*arguments, "--output_dir", str(outputs[0])])
+    with monkeypatch.context() as patch:
+        # as if a signal came in each run's third step, which at the end of a run is none too many
+        count = itertools.count(1)
+        patch.setattr(
+            StopSignals, "requested", lambda self: setattr(self, "agreed", next(count) % 3 == 0) or self.agreed
+        )
+        for _ in range(2):
+            with pytest.raises(SystemExit, match="75"):
+                recipe.main([*arguments, "--output_dir", str(outputs[1])])
+            assert not (outputs[1] / "model.safetensors").exists()
+    found = recipe.main([*arguments, "--output_dir", str(outputs[1])])
+    name = "loss" if recipe is pretrain_loop else "eval_loss"
+    assert found[name] == expected[name]
+    weights = [(output / "model.safetensors").read_bytes() for output in outputs]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("recipe", [pretrain, pretrain_loop])
+def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, folder, monkeypatch):
+    output = folder / f"{recipe.__name__}_taken"
+    arguments = [*SMALL, *flags(folder, output, corpus), "--max_steps", "2"]
+    recipe.main(arguments)
+    # more steps are another run
+    with pytest.raises(ValueError, match=r"max_steps: 2 there, 3 now.*--allow_changed_run"):
+        recipe.main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "auto"])
+    more = ["--max_steps", "3", "--resume_from_checkpoint", "auto", "--allow_changed_run"]
+    recipe.main([*arguments, *more])
+    monkeypatch.setattr(recipe, "open_documents", lambda args: pytest.fail("the corpus was opened"))
+    remedies = f"output_dir={output} holds checkpoint-3.*--resume_from_checkpoint auto.*another --output_dir"
+    with pytest.raises(ValueError, match=remedies):
+        recipe.main(arguments)
 
 
 def test_without_arguments_it_is_the_tales(folder, monkeypatch):
@@ -135,7 +166,11 @@ def test_two_processes_are_one_run(corpus, folder):
 
     output = folder / "two_by_loop"
     run([*command, "recipes/pretrain_loop.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
-    assert json.loads((output / "all_results.json").read_text())["tokens"] == together["eval_tokens"]
+    together = json.loads((output / "all_results.json").read_text())
+    larger = ["--per_device_train_batch_size", "8"]
+    alone = pretrain_loop.main([*arguments, *larger, *flags(folder, folder / "one_by_loop", corpus)])
+    assert together["tokens"] == alone["tokens"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_accelerate_launch(corpus, folder):

@@ -22,19 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import hf_minigpt.training.checkpointing as checkpointing
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
-from hf_minigpt.training.checkpointing import (
+from hf_minigpt.training import sealing
+from hf_minigpt.training.checkpointing import train_safely
+from hf_minigpt.training.divergence import LossGuard, TrainingDiverged
+from hf_minigpt.training.fingerprints import check_same_run, dataset_fingerprint
+from hf_minigpt.training.optimizers import muon_adamw
+from hf_minigpt.training.sealing import (
     BrokenCheckpoint,
     CheckpointSealer,
-    LossGuard,
-    StopSignals,
-    TrainingDiverged,
-    check_same_run,
-    dataset_fingerprint,
+    check_resume,
     find_checkpoint,
     newest_sealed,
     read_manifest,
@@ -42,10 +42,9 @@ from hf_minigpt.training.checkpointing import (
     rotate_checkpoints,
     run_lock,
     seal_checkpoint,
-    train_safely,
     verify_checkpoint,
 )
-from hf_minigpt.training.optimizers import muon_adamw
+from hf_minigpt.training.signals import StopSignals
 from tiny import tiny_config
 
 
@@ -362,7 +361,13 @@ def test_resolve_resume(run_folder, tmp_path):
         resolve_resume(str(elsewhere), run_folder)
     assert resolve_resume(str(elsewhere), tmp_path / "new") == str(elsewhere)
 
+    # the look before the run changes nothing
     older = str(run_folder / "checkpoint-7")
+    for good in (older, "auto"):
+        check_resume(good, run_folder)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint auto, or choose another --output_dir"):
+        check_resume(None, run_folder)
+    assert (run_folder / "checkpoint-14").is_dir()
     assert resolve_resume(older, run_folder) == older
     assert (run_folder / "_aside-checkpoint-14").is_dir()
 
@@ -726,7 +731,7 @@ def test_failure_to_seal_is_raised_at_the_next_step(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "the disk is gone")
 
     sealer = CheckpointSealer(tmp_path)
-    monkeypatch.setattr(checkpointing, "seal_checkpoint", fail)
+    monkeypatch.setattr(sealing, "seal_checkpoint", fail)
     with sealer.saving(1):
         pass
     sealer._pending.exception()
@@ -841,7 +846,7 @@ def test_sigkill(store, finished, tmp_path):
     """A process killed at a random moment after its second checkpoint is resumed by another."""
     output_dir = tmp_path / "run"
     child = start("train", store.folder, output_dir, 0.03)
-    wait_for(lambda: (output_dir / "checkpoint-14" / checkpointing.MANIFEST).exists(), child)
+    wait_for(lambda: (output_dir / "checkpoint-14" / sealing.MANIFEST).exists(), child)
     with pytest.raises(ValueError, match="in use by another run"), run_lock(output_dir):
         pass
     time.sleep(np.random.default_rng().uniform(0, 0.5))

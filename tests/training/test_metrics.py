@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
 from hf_minigpt.data import tales
@@ -155,6 +156,30 @@ def test_trainer_logs_tokens_and_held_out_metrics(corpus, model, tmp_path):
     assert (
         trainer.evaluate()["eval_tokens"] == trainer.eval_dataset.store.num_tokens - 1 > evaluations[0]["eval_tokens"]
     )
+
+
+def test_the_log_has_the_accuracy_of_the_steps_since_the_last_entry(corpus, model, tmp_path):
+    _, prepared = corpus
+    rows = ShuffledDocumentRows(prepared.train, CONTEXT)
+    hits = 0
+    for row in rows:
+        with torch.no_grad():
+            hits += (model(row["input_ids"][None]).logits[0].argmax(-1) == row["shift_labels"]).sum().item()
+    # one epoch in which nothing is learned, two batches a step: every row counts once
+    options = {"matrix_learning_rate": 0.0, "learning_rate": 0.0, "embedding_learning_rate": 0.0, "weight_decay": 0.0}
+    trainer = make_trainer(
+        corpus, model, tmp_path, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2, **options
+    )
+    trainer.args.logging_first_step, trainer.args.logging_steps = False, 10**6
+    trainer.add_callback(LogAtTheEnd())
+    trainer.train()
+    (accuracy,) = [entry["accuracy"] for entry in trainer.state.log_history if "accuracy" in entry]
+    assert hits > 0 and accuracy == pytest.approx(hits / (len(rows) * CONTEXT), rel=1e-9)
+
+
+class LogAtTheEnd(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = state.global_step == state.max_steps
 
 
 def test_learning_rates_go_down_linearly_over_the_decay(corpus, model, tmp_path):
