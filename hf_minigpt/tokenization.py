@@ -183,7 +183,11 @@ def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTr
 
 
 def load_tokenizer(
-    name_or_path: str | Path, *, model_max_length: int | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path,
+    *,
+    model_max_length: int | None = None,
+    trust_remote_code: bool = False,
+    add_end_of_text: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Load a tokenizer from the Hub or a folder and give it a padding token of its own where it has none.
 
@@ -191,6 +195,8 @@ def load_tokenizer(
         name_or_path: a name on the Hub, a folder with a saved tokenizer, or a folder with only GPT-2's `vocab.json`
             and `merges.txt` (`encoder.json` and `vocab.bpe` in OpenAI's release).
         model_max_length: the model's context in tokens; None keeps what was saved.
+        add_end_of_text: give a tokenizer without an end-of-text token (GPT-1's) `<|endoftext|>`, for a model that is
+            to be finetuned: the id is new to it.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token or no fast implementation.
@@ -209,6 +215,8 @@ def load_tokenizer(
             f"tokenizer {name_or_path} has no fast implementation; convert it to a tokenizer.json of the tokenizers "
             "library first"
         )
+    if tokenizer.eos_token is None and add_end_of_text:
+        tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     if tokenizer.eos_token is None:
         raise ValueError(
             f"tokenizer {name_or_path} has no eos_token, which separates documents; set one and save it again"

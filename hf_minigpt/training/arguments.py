@@ -139,17 +139,13 @@ _HELP = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
 
 
 @dataclass
-class PretrainArguments(TrainingArguments):
-    """TrainingArguments with defaults for pretraining, and what they lack for it.
+class RecipeArguments(TrainingArguments):
+    """TrainingArguments with what they lack for every recipe: the optimizer, the precision, the CPU's threads.
 
     `precision="auto"` is bf16 where the GPU computes in it, fp16 with a loss scaler on older ones, fp32 on a CPU, and
     TF32 for what stays fp32; `--bf16`, `--fp16` and `--tf32` win.
     """
 
-    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
-    per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
-    per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
-    num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -157,24 +153,14 @@ class PretrainArguments(TrainingArguments):
             "biases; else 1e-3."
         },
     )
-    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
-    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
-    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
-    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
     lr_scheduler_type: SchedulerType | str = field(default="warmup_stable_decay", metadata=_HELP["lr_scheduler_type"])
-    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
     logging_steps: float = field(default=0.01, metadata=_HELP["logging_steps"])
     logging_first_step: bool = field(default=True, metadata=_HELP["logging_first_step"])
     logging_nan_inf_filter: bool = field(default=False, metadata=_HELP["logging_nan_inf_filter"])
-    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
-    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
-    save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
-    save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
     report_to: str | None = field(default="none", metadata=_HELP["report_to"])
     # every parameter has a part in the loss
     ddp_find_unused_parameters: bool | None = field(default=False, metadata=_HELP["ddp_find_unused_parameters"])
-    # the rows are tensors already, and the model takes shift_labels through **kwargs
+    # the rows are tensors already, and the model takes more than its forward names, through **kwargs
     remove_unused_columns: bool = field(default=False, metadata=_HELP["remove_unused_columns"])
 
     optimizer: Literal["muon", "adamw", "trainer"] = field(
@@ -201,10 +187,6 @@ class PretrainArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Share of the steps in which warmup_stable_decay goes down, linearly, to zero."},
     )
-    eval_max_rows: int | None = field(
-        default=128,
-        metadata={"help": "Held-out rows that evaluations during training read; the one at the end reads all."},
-    )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = field(
         default="auto", metadata={"help": "auto: bf16 where the GPU has it, fp16 where not, fp32 on a CPU."}
     )
@@ -224,11 +206,6 @@ class PretrainArguments(TrainingArguments):
             )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the steps: choose one in [0, 1].")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer smooths over full logits and "
-                "shifts labels itself; these rows come with shifted labels, and no logits are built. Leave it out."
-            )
         if self.dataloader_persistent_workers:
             raise ValueError(
                 "dataloader_persistent_workers=True: workers that outlive an epoch never see the next one's order of "
@@ -281,6 +258,39 @@ class PretrainArguments(TrainingArguments):
         return (
             f"{self.device.type}, {self.world_size} process{plural} x {torch.get_num_threads()} threads, {precision}"
         )
+
+
+@dataclass
+class PretrainArguments(RecipeArguments):
+    """`RecipeArguments` with defaults for pretraining."""
+
+    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
+    per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
+    per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
+    num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
+    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
+    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
+    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
+    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
+    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
+    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
+    save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
+    save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
+
+    eval_max_rows: int | None = field(
+        default=128,
+        metadata={"help": "Held-out rows that evaluations during training read; the one at the end reads all."},
+    )
+
+    def __post_init__(self):
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer smooths over full logits and "
+                "shifts labels itself; these rows come with shifted labels, and no logits are built. Leave it out."
+            )
+        super().__post_init__()
 
 
 def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:

@@ -293,7 +293,7 @@ class OptimizerFactory:
 
 
 def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:
-    """The Trainer's argument of that name, from `PretrainArguments`; None leaves the choice to `--optim`."""
+    """The Trainer's argument of that name, from `RecipeArguments`; None leaves the choice to `--optim`."""
     kwargs: dict[str, Any] = {
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -150,7 +150,9 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
     """The model to train, in float32: the checkpoint to go on from, else a fresh one; it samples when it generates."""
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
-        model = _load_model(args.model, trust_remote_code=args.trust_remote_code, **attention)
+        model = load_checkpoint(
+            AutoModelForCausalLM, args.model, trust_remote_code=args.trust_remote_code, **attention
+        )
     else:
         config = build_config(args, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
@@ -164,23 +166,37 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
     return model
 
 
-def _load_model(name_or_path: str, **options: Any) -> MiniGPTForCausalLM:
+def load_checkpoint(
+    model_class: type, name_or_path: str, may_be_new: Container[str] = (), **options: Any
+) -> MiniGPTForCausalLM:
+    """A checkpoint of ours in float32; nothing of it may be missing or of another shape, unless listed.
+
+    Args:
+        model_class: an Auto class or a class of ours.
+        may_be_new: parameters that may be missing in the checkpoint, and then start afresh.
+        options: of `from_pretrained`; fields of the config among them.
+
+    Raises:
+        ValueError: a damaged or incomplete checkpoint.
+    """
     if Path(name_or_path, MANIFEST).is_file():
         verify_checkpoint(name_or_path)
     remedy = "Its files are damaged or incomplete, or belong to another config.json: get them again."
     try:
         # mismatched ones would be an error that does not name them
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(  # type: ignore[attr-defined]
             name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (SafetensorError, RuntimeError, UnpicklingError) as error:
         raise ValueError(f"model={name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} {remedy}") from error
     model, info = loaded
     # transformers starts these afresh
-    if info["missing_keys"]:
-        raise ValueError(f"model={name_or_path!r} has no {', '.join(sorted(info['missing_keys']))}. {remedy}")
-    if info["mismatched_keys"]:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
+    missing = [name for name in sorted(info["missing_keys"]) if name not in may_be_new]
+    if missing:
+        raise ValueError(f"model={name_or_path!r} has no {', '.join(missing)}. {remedy}")
+    mismatched = [keys for keys in sorted(info["mismatched_keys"]) if keys[0] not in may_be_new]
+    if mismatched:
+        name, found, expected = mismatched[0]
         raise ValueError(
             f"model={name_or_path!r} has {name} of shape {tuple(found)} where its config.json wants "
             f"{tuple(expected)}. {remedy}"
