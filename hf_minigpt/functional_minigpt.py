@@ -5,11 +5,17 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.masking_utils import (
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.utils.import_utils import is_tracing
 
 
-# Logits held at one time. Large enough for full-speed matrix products, small enough to stay near the caches.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# Logits held at one time, and the least rows, below which matrix products slow down.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+MIN_CHUNK_ROWS = 512
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -25,6 +31,31 @@ def sinusoidal_embedding(position_ids: torch.Tensor, like: torch.Tensor) -> torc
     exponent = torch.arange(0, width, 2, device=like.device, dtype=torch.float) / width
     angles = position_ids[..., None].float() * torch.exp(-math.log(10000.0) * exponent)  # (B, T, C / 2)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(like.dtype)
+
+
+def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, past_length):
+    """What the attention interface wants besides causality: None, or a mask of padding and document borders."""
+    starts_empty = not torch.is_tensor(past_length) and past_length == 0
+    if position_ids is None or inputs_embeds.shape[1] == 1 or not starts_empty:
+        # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+    document_ids = None
+    if attention_mask is None or attention_mask.ndim == 2:
+        document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+    if document_ids is None:
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+    # create_causal_mask looks for documents only without a cache and without a mask: it has to be told of them.
+    if past_key_values is not None:
+        # The keys of a static cache are as many as it can hold.
+        num_keys, _ = past_key_values.get_mask_sizes(document_ids.shape[1], 0)
+        document_ids = F.pad(document_ids, (0, num_keys - document_ids.shape[1]), value=-1)
+    return create_causal_mask(
+        config,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,
+        and_mask_function=packed_sequence_mask_function(document_ids),
+    )
 
 
 def check_positions(position_ids: torch.Tensor, limit: int, past_length: int | torch.Tensor, given: bool) -> None:
@@ -145,13 +176,18 @@ def count_hits(logits, labels, shift_labels=None, ignore_index: int = -100, **kw
     return (logits.argmax(-1) == targets).sum()
 
 
-def divide(total, num_items: torch.Tensor | int | None, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """The sum of the losses over the number of items, at least 1: nothing to learn is a loss of 0, not NaN."""
+def count_items(num_items: torch.Tensor | int | None, targets: torch.Tensor, ignore_index: int) -> torch.Tensor | int:
+    """What a sum of losses is divided by: at least 1, so that nothing to learn is a loss of 0, not NaN."""
     if num_items is None:
         num_items = (targets != ignore_index).sum()
     if torch.is_tensor(num_items):
-        return total / num_items.to(total.device).clamp(min=1)
-    return total / max(num_items, 1)
+        return num_items.to(targets.device).clamp(min=1)
+    return max(num_items, 1)
+
+
+def divide(total, num_items: torch.Tensor | int | None, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The sum of the losses over `count_items`."""
+    return total / count_items(num_items, targets, ignore_index)
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
@@ -203,49 +239,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if num_ids is not None and num_ids < weight.shape[0]:
             padding = slice(num_ids, None)
 
+        chunk_rows = max(min(chunk_rows, hidden.shape[0]), 1)
+        # Two buffers for all chunks: fresh ones would cost the system's zeroing of their pages each time.
+        buffer = torch.empty((chunk_rows, weight.shape[0]), dtype=sum_dtype, device=hidden.device)
+        capped = torch.empty_like(buffer) if softcap is not None else None
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             inputs = hidden[rows].to(compute_dtype)
             target = targets[rows, None].clamp(min=0)
-            logits = (inputs @ head.t()).to(sum_dtype)  # (R, V)
+            logits = buffer[: len(inputs)]
+            if compute_dtype == sum_dtype:
+                torch.mm(inputs, head.t(), out=logits)  # (R, V)
+            else:
+                logits.copy_(inputs @ head.t())
             if bias is not None:
                 logits += bias
             if softcap is not None:
-                logits = logits.div_(softcap).tanh_()
-                # d(cap * tanh(x / cap)) / dx
-                slope = 1 - logits.square() if need_grad else None
-                logits.mul_(softcap)
+                tanh = torch.tanh(logits.div_(softcap), out=capped[: len(inputs)])
+                torch.mul(tanh, softcap, out=logits)
             if padding is not None:
                 logits[:, padding] = torch.finfo(logits.dtype).min
-            score = logits.gather(1, target)
             if count_correct:
-                maximum, most_likely = logits.max(1, keepdim=True)
-                num_correct += (most_likely == targets[rows, None]).sum()
-            else:
-                maximum = logits.amax(1, keepdim=True)
-            probabilities = logits.sub_(maximum).exp_()
-            norm = probabilities.sum(1, keepdim=True)
-            losses = norm.log() + maximum - score  # (R, 1)
-            if row_weights is not None:
-                losses = losses * row_weights[rows, None]
-            total += losses.sum()
+                num_correct += (logits.argmax(1, keepdim=True) == targets[rows, None]).sum()
             if not need_grad:
+                losses = logits.logsumexp(1, keepdim=True) - logits.gather(1, target)  # (R, 1)
+                total += (losses if row_weights is None else losses * row_weights[rows, None]).sum()
                 continue
 
-            grad = probabilities.div_(norm)
-            grad.scatter_add_(1, target, torch.full_like(score, -1.0))
+            # In place, and row by row while a row is in the cache: the logits are read from memory twice.
+            log_probabilities = torch.log_softmax(logits, 1, out=logits)
+            losses = -log_probabilities.gather(1, target)
+            grad = log_probabilities.exp_()
+            grad.scatter_add_(1, target, torch.full_like(losses, -1.0))
             if softcap is not None:
-                grad.mul_(slope)
+                # d(cap * tanh(x / cap)) / dx
+                grad.addcmul_(grad, tanh.square_(), value=-1)
             if row_weights is not None:
-                grad.mul_(row_weights[rows, None])
+                # A row's weight goes to its (D,), not to its (V,).
+                row_weight = row_weights[rows, None]
+                losses = losses * row_weight
+                inputs = inputs * row_weight.to(compute_dtype)
+            total += losses.sum()
             if need_bias:
-                grad_bias += grad.sum(0)
+                grad_bias += grad.sum(0) if row_weights is None else (row_weight.to(sum_dtype) * grad).sum(0)
             grad = grad.to(compute_dtype)
             if need_hidden:
-                grad_hidden[rows] = grad @ head
+                chunk = grad @ head
+                grad_hidden[rows] = chunk if row_weights is None else chunk * row_weight
             if need_weight:
                 if compute_dtype == sum_dtype:
-                    grad_weight.addmm_(grad.t(), inputs)
+                    grad_weight.addmm_(grad.t(), inputs, beta=float(start > 0))
                 else:
                     grad_weight += grad.t() @ inputs
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -257,10 +300,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, _):
         saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * grad_total).to(dtype) if need else None
-            for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
-        ]
+        # Looking is free on a CPU, where a table's product with 1 takes as long as its sum over a chunk.
+        is_one = grad_total.device.type == "cpu" and not is_tracing(grad_total) and grad_total.item() == 1
+        grads = []
+        for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
+            grad = next(saved) if need else None
+            grads.append(grad if grad is None else (grad if is_one else grad * grad_total).to(dtype))
         return *grads, None, None, None, None, None, None, None
 
 
@@ -271,6 +316,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     *,
     row_weights: torch.Tensor | None = None,
+    divisor: torch.Tensor | float = 1.0,
     softcap: float | None = None,
     num_ids: int | None = None,
     ignore_index: int = -100,
@@ -285,10 +331,11 @@ def linear_cross_entropy(
         bias: (V,) or None.
         targets: (N,) token ids; rows whose target is `ignore_index` cost no work.
         row_weights: (N,) factor of each row's loss; None for 1.
+        divisor: of the sum.
         softcap, num_ids: as in `finish_logits`.
 
     Returns:
-        The sum (float32, 0-dim) and, if `count_correct`, the number of targets that are the most likely id (else 0;
+        The sum over the divisor (float32, 0-dim) and, if `count_correct`, the number of targets that are the most likely id (else 0;
         int64, 0-dim).
     """
     if not torch.compiler.is_compiling():
@@ -304,11 +351,17 @@ def linear_cross_entropy(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    chunk_rows = max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // weight.shape[0], 64)
+    chunk_rows = max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // weight.shape[0], MIN_CHUNK_ROWS)
+    # Within the sum it costs nothing; but in half precision the gradients might vanish before they are summed.
+    divides_rows = compute_dtype in (torch.float32, torch.float64)
+    if divides_rows:
+        row_weights = (torch.ones((), device=hidden.device) if row_weights is None else row_weights) / divisor
+        row_weights = row_weights.expand(hidden.shape[0])
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(
+        total, num_correct = _LinearCrossEntropy.apply(
             hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype
         )
+    return total if divides_rows else total / divisor, num_correct
 
 
 def causal_lm_loss_without_logits(
@@ -327,17 +380,17 @@ def causal_lm_loss_without_logits(
     targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).flatten()
     targets = targets.to(hidden_states.device)
     check_labels(targets, lm_head.out_features if num_ids is None else num_ids, ignore_index)
-    total, num_correct = linear_cross_entropy(
+    return linear_cross_entropy(
         hidden_states.flatten(0, 1),
         lm_head.weight,
         lm_head.bias,
         targets,
+        divisor=count_items(num_items_in_batch, targets, ignore_index),
         softcap=softcap,
         num_ids=num_ids,
         ignore_index=ignore_index,
         count_correct=count_correct,
     )
-    return divide(total, num_items_in_batch, targets, ignore_index), num_correct
 
 
 def is_plain_linear(module: nn.Module) -> bool:

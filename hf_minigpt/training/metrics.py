@@ -18,7 +18,6 @@ from ..data.token_store import TokenStore
 Collator = Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
 
 
-@torch.no_grad()
 def evaluate_language_model(
     model: nn.Module,
     dataset: Rows,
@@ -45,6 +44,28 @@ def evaluate_language_model(
         accuracy: share of the tokens that are the model's first choice.
         tokens: tokens predicted.
     """
+    nats, hits, tokens = score_rows(model, dataset, collator, batch_size, accelerator, max_rows)
+    loss = nats / tokens
+    bytes_per_token = dataset.store.num_bytes / (dataset.store.num_tokens - 1)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "accuracy": hits / tokens,
+        "tokens": int(tokens),
+    }
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    dataset: Any,
+    collator: Collator,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    max_rows: int | None = None,
+) -> tuple[float, float, float]:
+    """Nats, hits and number of all targets in the rows of `dataset`; arguments as in `evaluate_language_model`."""
     accelerator = accelerator or Accelerator()
     was_training = model.training
     model.eval()
@@ -68,15 +89,7 @@ def evaluate_language_model(
     model.train(was_training)
     # as objects: not every accelerator has float64, and float32 would lose counts
     nats, hits, tokens = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0).tolist()
-    loss = nats / tokens
-    bytes_per_token = dataset.store.num_bytes / (dataset.store.num_tokens - 1)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": hits / tokens,
-        "tokens": int(tokens),
-    }
+    return nats, hits, tokens
 
 
 def decode_documents(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> list[str]:

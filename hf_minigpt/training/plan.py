@@ -1,6 +1,5 @@
 """What a run will take, before it is run."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from ..configuration_minigpt import MiniGPTConfig
 from ..data.rows import ShuffledDocumentRows
+from ..data.token_store import PreparedCorpus
 from ..presets import preset
 from .arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from .flops import flops_per_token, measure_flops_per_second
 from .optimizers import hidden_matrices
 from .setup import build_config, context_length, given_tokenizer, open_documents, prepare_data, trained_vocab_size
 
@@ -65,38 +66,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: int) -> float:
-    """FLOPs of one token's forward and backward pass: nanoGPT's `6 N + 12 L H Q T` (PaLM, appendix B).
-
-    N leaves out tables that are only looked up in.
-    """
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    if config.position_embedding_type == "learned":
-        looked_up += config.max_position_embeddings * config.hidden_size
-    assert config.head_dim is not None
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
-    return 6 * (num_parameters - looked_up) + 12 * attention
-
-
-def measure_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Rate of a large matrix product on a device."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    torch.mm(a, b)
-    _synchronize(device)
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        torch.mm(a, b)
-        _synchronize(device)
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - start)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def make_plan(
     config: MiniGPTConfig, args: PretrainArguments, options: PlanArguments, context_length: int, rows_per_epoch: int
 ) -> Plan:
@@ -150,6 +119,8 @@ def plan_pretraining(
     if args.max_steps <= 0:
         tokenizer, corpus = prepare_data(model_args, data_args, open_documents(data_args))
         config = build_config(model_args, tokenizer)
+        # a stream has no length, and comes with max_steps
+        assert isinstance(corpus, PreparedCorpus)
         rows_per_epoch = len(ShuffledDocumentRows(corpus.train, length))
     elif model_args.tokenizer or model_args.model:
         config = build_config(model_args, given_tokenizer(model_args))

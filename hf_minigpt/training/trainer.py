@@ -1,12 +1,14 @@
 """transformers' Trainer, with an evaluation that is exact for language models and a log that counts tokens."""
 
 import time
+from typing import Any
 
 import torch
 from transformers import Trainer
 
 from ..data.rows import Rows
 from .arguments import PretrainArguments
+from .flops import flops_per_token, peak_flops_per_second
 from .metrics import evaluate_language_model
 
 
@@ -16,8 +18,9 @@ class LanguageModelTrainer(Trainer):
 
     - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
       `args.eval_max_rows`.
-    - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations) and
-      `accuracy`, the share of the labels that were the most likely token.
+    - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
+      `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (their share of `peak_flops_per_second` of all
+      devices) and `accuracy`, the share of the labels that were the most likely token.
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     """
 
@@ -33,6 +36,7 @@ class LanguageModelTrainer(Trainer):
         self._seconds_evaluating = 0.0
         self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
         self._hits_and_labels = torch.zeros(2, dtype=torch.int64)
+        self._flops_per_token: float | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
@@ -40,6 +44,8 @@ class LanguageModelTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._seconds_evaluating = 0.0
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self._peak_flops = peak_flops_per_second(self.args.device, dtype) * self.args.world_size
         self._logged_at = (time.perf_counter(), None)
         output = super().train(*args, **kwargs)
         tokens = self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen
@@ -60,6 +66,11 @@ class LanguageModelTrainer(Trainer):
     def _track_num_input_tokens(self, inputs):
         # the Trainer's own waits for the device in every micro-step; rows and batches are of one size everywhere
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        if self._flops_per_token is None:
+            # with adapters or code from the Hub it is no class of ours
+            model: Any = self.model
+            length = inputs["input_ids"].shape[-1]
+            self._flops_per_token = flops_per_token(model.config, model.num_parameters(), length)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -68,6 +79,10 @@ class LanguageModelTrainer(Trainer):
             if tokens_before is None:
                 tokens_before = self._initial_num_input_tokens_seen
             logs["tokens_per_second"] = round((tokens - tokens_before) / (now - then), 1)
+            if self._flops_per_token is not None:
+                flops = logs["tokens_per_second"] * self._flops_per_token
+                logs["tflops_per_second"] = round(flops / 1e12, 6)
+                logs["mfu"] = round(flops / self._peak_flops, 5)
             self._logged_at = (now, tokens)
             hits, num_labels = self.accelerator.reduce(self._hits_and_labels, "sum").tolist()
             logs["accuracy"] = hits / max(num_labels, 1)
@@ -81,21 +96,22 @@ class LanguageModelTrainer(Trainer):
         # only a sharded model must be called through its wrapper; DDP's would synchronise buffers for nothing
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert isinstance(dataset, Rows) and self.model is not None
-        results = evaluate_language_model(
-            self.model_wrapped if sharded else self.model,
-            dataset,
-            self.data_collator,
-            self.args.eval_batch_size,
-            self.accelerator,
-            max_rows=self.args.eval_max_rows if self.is_in_train else None,
-        )
+        assert self.model is not None
+        max_rows = self.args.eval_max_rows if self.is_in_train else None
+        results = self.score(self.model_wrapped if sharded else self.model, dataset, max_rows)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._seconds_evaluating += time.perf_counter() - start
         return metrics
+
+    def score(self, model, dataset, max_rows: int | None) -> dict[str, float]:
+        """The metrics of an evaluation, of at most so many rows."""
+        assert isinstance(dataset, Rows)
+        return evaluate_language_model(
+            model, dataset, self.data_collator, self.args.eval_batch_size, self.accelerator, max_rows=max_rows
+        )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""

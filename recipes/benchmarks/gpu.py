@@ -21,20 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from hf_minigpt import MiniGPTForCausalLM, preset
+from hf_minigpt.training.flops import PEAK_FLOPS, flops_per_token
 from hf_minigpt.training.optimizers import muon_adamw
-from hf_minigpt.training.plan import flops_per_token
 
-
-# Dense bf16 / fp16 tensor-core FLOP/s of the vendor's data sheets, by part of the device's name.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "T4": 65e12,
-}
 
 # Largest relative difference of the loss from that in float32 (TF32 off): a few units of the format's last place.
 TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 4e-3, "bf16": 2e-2}

@@ -147,7 +147,16 @@ def test_trainer_logs_tokens_and_held_out_metrics(corpus, model, tmp_path):
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
     assert [entry["num_input_tokens_seen"] for entry in losses] == [2 * 4 * CONTEXT * step for step in (1, 2, 4, 6, 8)]
-    assert all(entry["tokens_per_second"] > 0 for entry in losses)
+    # every matrix product of a token, counted by hand: forward 2, backward 4 times its parameters; attention's two
+    # products over all keys
+    config = trainer.model.config
+    matrices = config.num_hidden_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
+    matrices += config.vocab_size * config.hidden_size
+    flops = 6 * matrices + 6 * config.num_hidden_layers * 2 * config.hidden_size * CONTEXT
+    for entry in losses:
+        assert entry["tflops_per_second"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12, abs=1e-6)
+        assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / trainer._peak_flops, abs=1e-5)
+    assert losses[-1]["tflops_per_second"] > 1e-5
     evaluations = [entry for entry in history if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [4, 8]
     assert evaluations[-1]["eval_loss"] < losses[0]["loss"]

@@ -44,6 +44,19 @@ def test_newton_schulz_is_close_to_the_polar_factor(shape):
     assert rotated.diagonal().max() < 1.25
 
 
+@pytest.mark.parametrize("shape", [(3, 48, 48), (3, 96, 48), (48, 200)])
+def test_newton_schulz_in_float32_is_that_of_float64(shape):
+    # singular values over four decades, as a gradient's are
+    spectrum = torch.logspace(0, -4, shape[-1])
+    matrices = torch.randn(shape) * spectrum
+    x = matrices.double()
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    torch.testing.assert_close(orthogonalize(matrices).double(), x, atol=1e-4, rtol=0)
+
+
 def test_newton_schulz_of_a_batch_equals_one_by_one():
     matrices = torch.randn(5, 12, 30)
     torch.testing.assert_close(orthogonalize(matrices), torch.stack([orthogonalize(m) for m in matrices]))

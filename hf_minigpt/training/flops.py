@@ -1,0 +1,63 @@
+"""How many floating-point operations training takes, and how many a device does in a second."""
+
+import time
+
+import torch
+
+from ..configuration_minigpt import MiniGPTConfig
+
+
+# Dense bf16 / fp16 tensor-core FLOP/s of the vendor's data sheets, by part of the device's name.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "T4": 65e12,
+}
+
+
+def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: int) -> float:
+    """FLOPs of one token's forward and backward pass: nanoGPT's `6 N + 12 L H Q T` (PaLM, appendix B).
+
+    N leaves out tables that are only looked up in.
+    """
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    if config.position_embedding_type == "learned":
+        looked_up += config.max_position_embeddings * config.hidden_size
+    assert config.head_dim is not None
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
+    return 6 * (num_parameters - looked_up) + 12 * attention
+
+
+def measure_flops_per_second(
+    device: torch.device, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None
+) -> float:
+    """Rate of a large square matrix product on a device; `size` is its side."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    torch.mm(a, b)
+    _synchronize(device)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        torch.mm(a, b)
+        _synchronize(device)
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What the share of a device's peak (MFU) refers to: a known GPU's data sheet for 16-bit products, else the rate
+    of a large matrix product, measured."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        for part, flops in PEAK_FLOPS.items():
+            if part in torch.cuda.get_device_name(device):
+                return flops
+    return measure_flops_per_second(device, dtype, seconds=0.3)

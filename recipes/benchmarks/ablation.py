@@ -1,0 +1,113 @@
+"""What each switch of the modern preset is worth: tokens to a fixed held-out loss, with it and without it.
+
+    python recipes/benchmarks/ablation.py --dataset path/to/reviews.parquet
+
+The shape, the corpus and the rows are those of time_to_loss.py. The learning rates stay constant after the warmup, so
+that no schedule favours one side, and the held-out loss is taken every 10 steps; the crossing is interpolated. Each
+line takes one switch back to GPT-2's way. The last line printed is a JSON object: `ratios` are tokens without the
+switch over tokens with it, the medians over the seeds; a run that never got there counts with all its steps.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+
+from time_to_loss import LEARNING_RATE, Race, add_arguments, held_out_loss
+from transformers import TrainerCallback, set_seed
+
+from hf_minigpt.training.arguments import PretrainArguments, use_all_cores
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.trainer import LanguageModelTrainer
+
+
+# what is taken back: fields of the configuration, and flags of the recipe
+WITHOUT: dict[str, tuple[dict, dict]] = {
+    "Muon (AdamW at 2e-3 for all)": ({}, {"optimizer": "adamw", "learning_rate": 2e-3}),
+    "rotary positions (learned)": ({"position_embedding_type": "learned"}, {}),
+    "query-key norm": ({"qk_norm": False}, {}),
+    "squared ReLU (GELU)": ({"hidden_act": "gelu_new"}, {}),
+    "RMSNorm without parameters (LayerNorm)": ({"norm_type": "layernorm", "norm_affine": True}, {}),
+    "norm after the embedding": ({"embedding_norm": False}, {}),
+    "branches and head that start at zero": ({"residual_init": "gpt2"}, {}),
+    "untied head": ({"tie_word_embeddings": True, "initializer_range": 0.02}, {}),
+    "soft cap": ({"final_logit_softcapping": None}, {}),
+    "no biases": ({"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}, {}),
+}
+
+
+class StopAt(TrainerCallback):
+    """Stops at a held-out loss; `step` is when it was reached, between two evaluations, else None."""
+
+    def __init__(self, race: Race, target: float, num_rows: int):
+        self.race, self.target, self.num_rows = race, target, num_rows
+        self.step: float | None = None
+        self._before: tuple[int, float] | None = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 10:
+            return
+        loss = held_out_loss(model, self.race.held_out, self.race.collator, self.num_rows)
+        model.train()
+        if loss <= self.target:
+            step, before = self._before or (0, loss + 1)
+            share = (before - self.target) / (before - loss)
+            self.step = step + share * (state.global_step - step)
+            control.should_training_stop = True
+        self._before = (state.global_step, loss)
+
+
+def steps_to(race: Race, seed: int, target: float, fields: dict, flags: dict) -> float | None:
+    set_seed(seed)
+    model = race.build_ours(**fields)
+    stop = StopAt(race, target, min(race.args.eval_rows, len(race.held_out)))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = race.arguments(folder, seed, race.args.max_steps) | {
+            "learning_rate": LEARNING_RATE,
+            "decay_fraction": 0.0,
+            "warmup_steps": 5,
+        }
+        training_args = PretrainArguments(**(arguments | flags))
+        LanguageModelTrainer(
+            model,
+            training_args,
+            data_collator=race.collator,
+            train_dataset=race.rows(seed),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args),
+            callbacks=[stop],
+        ).train()
+    return stop.step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.set_defaults(eval_rows=64)
+    parser.add_argument("--target", type=float, default=5.9)
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=WITHOUT, default=list(WITHOUT))
+    args = parser.parse_args()
+    use_all_cores()
+    race = Race(args)
+    tokens_per_step = args.rows * args.context_length
+
+    def median_steps(fields: dict, flags: dict) -> tuple[float, bool]:
+        found = [steps_to(race, seed, args.target, fields, flags) for seed in args.seeds]
+        return statistics.median(step or args.max_steps for step in found), None not in found
+
+    whole, reached = median_steps({}, {})
+    if not reached:
+        raise RuntimeError(f"The preset itself did not reach --target {args.target} in {args.max_steps} steps.")
+    print(f"{'the preset':42} {whole * tokens_per_step:10,.0f} tokens to {args.target}", flush=True)
+    ratios = {}
+    for name in args.only:
+        steps, reached = median_steps(*WITHOUT[name])
+        ratios[name] = steps / whole
+        more = "" if reached else " or more: not reached"
+        print(f"without {name:34} {steps * tokens_per_step:10,.0f} tokens: {ratios[name]:.2f} x{more}", flush=True)
+    print(json.dumps({"ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
