@@ -1,9 +1,13 @@
 """Rows in, batches out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from .rows import RowBatch
 
 
 IGNORE_INDEX = -100
@@ -27,7 +31,9 @@ class LanguageModelCollator:
     pad_token_id: int
     num_ids: int | None = None
 
-    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if isinstance(rows, RowBatch) and rows.tokens.size:
+            return self._split(rows.tokens)
         inputs = [row["input_ids"] for row in rows]
         targets = [row["shift_labels"] for row in rows]
         lengths = {len(ids) for ids in inputs}
@@ -46,6 +52,12 @@ class LanguageModelCollator:
             "shift_labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in inputs], batch_first=True),
         }
+
+    def _split(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+        if self.num_ids is not None and tokens.max() >= self.num_ids:
+            _check_ids("input_ids", torch.from_numpy(tokens.astype(np.int64)), self.num_ids)
+        parts = {"input_ids": tokens[:, :-1], "labels": tokens[:, :-1], "shift_labels": tokens[:, 1:]}
+        return {name: torch.from_numpy(part.astype(np.int64, order="C")) for name, part in parts.items()}
 
 
 def _check_ids(name: str, ids: torch.Tensor, num_ids: int) -> None:

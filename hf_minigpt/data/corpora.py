@@ -85,32 +85,102 @@ def load_documents(
     if dataset is None:
         return _tales(max_documents or DEFAULT_NUM_TALES)
 
+    files = _files(dataset)
+    if files is None:
+        return _hub_documents(str(dataset), config_name, split, options)
+
+    def read() -> Iterator[str]:
+        for file in files:
+            rows = _read_file(file, text_column, by_line=join_sentences)
+            yield from (text for text, _ in _joined(rows)) if join_sentences else rows
+
+    return Documents(str(dataset), _digest("files", _content(files), options), read, max_documents)
+
+
+class ShardedDocuments:
+    """The documents of a corpus shard by shard, read from any place on: for corpora larger than the disk.
+
+    Attributes:
+        name, fingerprint: as of `Documents`.
+        num_shards: files, or the parts that a dataset on the Hub has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        num_shards: int,
+        read_rows: Callable[[int, int], Iterator[str]],
+        join_sentences: bool = False,
+    ):
+        self.name = name
+        self.fingerprint = fingerprint
+        self.num_shards = num_shards
+        self._read_rows = read_rows
+        self._join_sentences = join_sentences
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[str, int]]:
+        """The documents of a shard from row `start` on, empty ones too, each with the row that follows it."""
+        rows = self._read_rows(shard, start)
+        documents = _joined(rows) if self._join_sentences else ((text, 1) for text in rows)
+        for text, num_rows in documents:
+            start += num_rows
+            yield text, start
+
+
+def stream_documents(
+    dataset: str | Path,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    join_sentences: bool = False,
+) -> ShardedDocuments:
+    """`load_documents` for a corpus that shall not be downloaded, or read, as a whole.
+
+    Raises:
+        ValueError: nothing there by that name, nothing in it that can be read.
+    """
+    options = {"text_column": text_column, "join_sentences": join_sentences}
+    files = _files(dataset)
+    if files is not None:
+
+        def read_file(shard: int, start: int) -> Iterator[str]:
+            return _read_file(files[shard], text_column, by_line=join_sentences, start=start)
+
+        fingerprint = _digest("files", _content(files), options)
+        return ShardedDocuments(str(dataset), fingerprint, len(files), read_file, join_sentences)
+    name = str(dataset)
+    rows, revision = _hub_stream(name, config_name, split)
+
+    def read_shard(shard: int, start: int) -> Iterator[str]:
+        return _texts(rows.shard(rows.num_shards, shard), name, text_column, start)
+
+    fingerprint = _digest("hub", name, config_name, split, revision, rows.num_shards, options)
+    return ShardedDocuments(name, fingerprint, rows.num_shards, read_shard, join_sentences)
+
+
+def _files(dataset: str | Path) -> list[Path] | None:
+    """The files that a path names; None where there is nothing, as for a name on the Hub."""
     root = Path(dataset)
     if root.is_dir():
         files = list(_files_below(root))
         if not files:
             raise ValueError(f"folder {root} holds no file that ends in {', '.join(SUFFIXES)}")
-    elif root.is_file():
-        if root.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{root}: cannot read {root.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
-            )
-        files = [root]
-    else:
-        return _hub_documents(str(dataset), config_name, split, options)
+        return files
+    if not root.is_file():
+        return None
+    if root.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{root}: cannot read {root.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+    return [root]
 
+
+def _content(files: list[Path]) -> list[tuple[str, int, int]]:
     stats = [file.stat() for file in files]
     for file, stat in zip(files, stats, strict=True):
         if stat.st_size == 0:
             raise ValueError(f"{file} is empty; remove it or leave it out")
-    content = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
-
-    def read() -> Iterator[str]:
-        for file in files:
-            rows = _read_file(file, text_column, by_line=join_sentences)
-            yield from _joined(rows) if join_sentences else rows
-
-    return Documents(str(dataset), _digest("files", content, options), read, max_documents)
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
 
 
 def _digest(*content: Any) -> str:
@@ -125,9 +195,28 @@ def _tales(num_tales: int) -> Documents:
     return Documents("tales", fingerprint, lambda: tales.tales(num_tales, TALES_SEED))
 
 
-def _hub_documents(name: str, config_name: str | None, split: str, options: dict[str, Any]) -> Documents:
+def _check_hub_name(name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.lower().endswith(SUFFIXES):
         raise ValueError(f"no file or folder {name}, and it does not look like a name on the Hub (owner/dataset)")
+
+
+def _hub_stream(name: str, config_name: str | None, split: str) -> tuple[Any, str]:
+    """A dataset on the Hub as an iterable one, and its revision."""
+    _check_hub_name(name)
+    import datasets
+    import huggingface_hub
+
+    try:
+        # the revision that the run begins with is the one that it reads to its end
+        revision = huggingface_hub.dataset_info(name).sha
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=True, revision=revision)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ValueError(f"no file or folder {name} here, and the Hub did not give a dataset: {error}") from error
+    return rows, str(revision)
+
+
+def _hub_documents(name: str, config_name: str | None, split: str, options: dict[str, Any]) -> Documents:
+    _check_hub_name(name)
     import datasets
 
     try:
@@ -142,7 +231,7 @@ def _hub_documents(name: str, config_name: str | None, split: str, options: dict
 
     def read() -> Iterator[str]:
         texts = _texts(rows, name, text_column)
-        return _joined(texts) if options["join_sentences"] else texts
+        return (text for text, _ in _joined(texts)) if options["join_sentences"] else texts
 
     return Documents(name, fingerprint, read, options["max_documents"])
 
@@ -162,12 +251,12 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def _read_file(path: Path, text_column: str, by_line: bool) -> Iterator[str]:
+def _read_file(path: Path, text_column: str, by_line: bool, start: int = 0) -> Iterator[str]:
     try:
         if path.suffix.lower() == ".txt":
-            yield from _read_text(path, by_line)
+            yield from itertools.islice(_read_text(path, by_line), start, None)
         else:
-            yield from _read_rows(path, text_column)
+            yield from _read_rows(path, text_column, start)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error}; convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
@@ -189,7 +278,7 @@ def _read_text(path: Path, by_line: bool) -> Iterator[str]:
         yield text
 
 
-def _read_rows(path: Path, text_column: str) -> Iterator[str]:
+def _read_rows(path: Path, text_column: str, start: int) -> Iterator[str]:
     import datasets
 
     # pandas would take the texts "NA" and "null" for missing
@@ -198,8 +287,8 @@ def _read_rows(path: Path, text_column: str) -> Iterator[str]:
         rows = datasets.load_dataset(
             LOADERS[path.suffix.lower()], data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )
-        has_rows = False
-        for text in _texts(rows, path, text_column):
+        has_rows = start > 0
+        for text in _texts(rows, path, text_column, start):
             has_rows = True
             yield text
         if not has_rows:
@@ -215,10 +304,12 @@ def _check_column(source: str | Path, columns: list[str], text_column: str) -> N
         raise ValueError(f"{source} has no column {text_column!r}; name one of its columns as text column: {columns}")
 
 
-def _texts(rows: Any, source: str | Path, text_column: str) -> Iterator[str]:
+def _texts(rows: Any, source: str | Path, text_column: str, start: int = 0) -> Iterator[str]:
     for table in rows.with_format("arrow").iter(ROWS_PER_BATCH):
         _check_column(source, table.column_names, text_column)
-        for text in table[text_column].to_pylist():
+        skipped = min(start, len(table))
+        start -= skipped
+        for text in table[text_column].slice(skipped).to_pylist():
             if text is not None and not isinstance(text, str):
                 raise ValueError(
                     f"{source}: column {text_column!r} holds {type(text).__name__}, not text: {text!r:.80}"
@@ -226,14 +317,15 @@ def _texts(rows: Any, source: str | Path, text_column: str) -> Iterator[str]:
             yield text or ""
 
 
-def _joined(sentences: Iterable[str]) -> Iterator[str]:
+def _joined(sentences: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Documents, and the number of sentences in each."""
     part: list[str] = []
     length = 0
     for sentence in sentences:
         part.append(sentence)
         length += len(sentence) + 1
         if length >= JOINED_DOCUMENT_LENGTH:
-            yield "\n".join(part)
+            yield "\n".join(part), len(part)
             part, length = [], 0
     if part:
-        yield "\n".join(part)
+        yield "\n".join(part), len(part)

@@ -5,6 +5,7 @@ order of an epoch follows from (seed, epoch) alone, so the position in a run is 
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -18,6 +19,30 @@ Row = dict[str, torch.Tensor]
 
 def _rng(seed: int, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, epoch]))
+
+
+class RowBatch(Sequence[Row]):
+    """Rows of one length, as a sequence of them and as one array.
+
+    Attributes:
+        tokens: (n, T + 1), of the store's type.
+    """
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "RowBatch": ...
+    def __getitem__(self, index: int | slice) -> "Row | RowBatch":
+        if isinstance(index, slice):
+            return RowBatch(self.tokens[index])
+        tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return {"input_ids": tokens[:-1], "shift_labels": tokens[1:]}
 
 
 class Rows(Dataset):
@@ -45,14 +70,19 @@ class Rows(Dataset):
         # the range knows negative indices and raises the IndexError that ends a for loop
         return self.__getitems__([range(len(self))[index]])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        rows = torch.from_numpy(self._gather(np.asarray(indices, dtype=np.int64)))
-        pairs = zip(rows[:, :-1].unbind(), rows[:, 1:].unbind(), strict=True)
-        return [{"input_ids": inputs, "shift_labels": targets} for inputs, targets in pairs]
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Row]:
+        return RowBatch(self._gather(np.asarray(indices, dtype=np.int64)))
 
     def _gather(self, indices: np.ndarray) -> np.ndarray:
-        """(n,) -> (n, context_length + 1) int64."""
+        """(n,) -> (n, context_length + 1) of the store's type."""
         raise NotImplementedError
+
+    def _join(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """The tokens of pieces of the store one after the other, (sum of sizes,)."""
+        places = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
+        places += np.arange(len(places))
+        # (every place is inside: the mode only tells numpy not to check)
+        return self._tokens.take(places, mode="wrap")
 
 
 def _check_one_row(store: TokenStore, context_length: int) -> None:
@@ -75,7 +105,7 @@ class WindowRows(Rows):
 
     def _gather(self, indices: np.ndarray) -> np.ndarray:
         windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.context_length + 1)
-        return windows[self._starts(indices)].astype(np.int64)
+        return windows[self._starts(indices)]
 
 
 class SlidingWindowRows(WindowRows):
@@ -161,9 +191,104 @@ class ShuffledDocumentRows(Rows):
         begins = np.maximum(self._begins[document], row_begins[row])
         ends = np.minimum(self._begins[document + 1], row_begins[row] + width)
         lengths = ends - begins
-        places = np.repeat(begins + self._shifts[document] - (np.cumsum(lengths) - lengths), lengths)
-        places += np.arange(len(places))
-        return self._tokens[places].reshape(len(indices), width).astype(np.int64)
+        return self._join(begins + self._shifts[document], lengths).reshape(len(indices), width)
+
+
+class AlignedDocumentRows(Rows):
+    """Rows that begin with a document, in another order of the documents each epoch.
+
+    The first input of a row is the EOS before a document; documents follow each other until the row is full, and its
+    end cuts the last one, which another time is seen whole. So every token has all of its document before it that a
+    row can hold, while in `ShuffledDocumentRows` a row's first document lacks its beginning, as it never does in
+    evaluation or use (nanochat's rows are such too). A document longer than a row is cut into whole rows of its own:
+    the first at its beginning, the last at its end, those between from a random place on.
+
+    An epoch has as many rows as the corpus fills. What the cuts leave out is made up for by other documents, which
+    then come twice.
+    """
+
+    def __init__(self, store: TokenStore, context_length: int, seed: int = 0):
+        super().__init__(store, context_length)
+        _check_one_row(store, context_length)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the rows of an epoch; they depend on nothing but the seed and the epoch."""
+        self.epoch = epoch
+        rng = _rng(self.seed, epoch)
+        passes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        num_rows = num_pieces = 0
+        # one pass over the documents makes too few rows, where many are cut, or some too many
+        while num_rows < len(self):
+            pieces, counts = self._one_pass(rng)
+            firsts = num_pieces + np.cumsum(counts) - counts
+            rows = rng.permutation(len(counts))[: len(self) - num_rows]
+            passes.append((pieces, firsts[rows], counts[rows]))
+            num_rows += len(rows)
+            num_pieces += pieces.shape[1]
+        # (2, num_pieces): where a piece of a row begins in the store, and its tokens
+        self._pieces = np.concatenate([pieces for pieces, _, _ in passes], axis=1)
+        # (num_rows,): a row's first piece, and how many it has
+        self._firsts = np.concatenate([firsts for _, firsts, _ in passes])
+        self._counts = np.concatenate([counts for _, _, counts in passes])
+
+    def _one_pass(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces (2, num_pieces) in the order of their rows, and the number of pieces in each row, (num_rows,)."""
+        offsets = np.asarray(self.store.offsets)
+        lengths = np.diff(offsets)
+        is_long = lengths >= self.context_length
+        windows = _windows(offsets[:-1][is_long], lengths[is_long], self.context_length, rng)
+        order = rng.permutation(np.flatnonzero(~is_long))
+        packed, counts = _pack(offsets[order], lengths[order], self.context_length)
+        alone = np.stack([windows, np.full_like(windows, self.context_length)])
+        return np.concatenate([alone, packed], axis=1), np.concatenate([np.ones_like(windows), counts])
+
+    def __len__(self) -> int:
+        return (self.store.num_tokens - 1) // self.context_length
+
+    def _gather(self, indices: np.ndarray) -> np.ndarray:
+        counts = self._counts[indices]
+        firsts = np.cumsum(counts) - counts
+        begins, sizes = self._pieces[:, np.repeat(self._firsts[indices] - firsts, counts) + np.arange(counts.sum())]
+        # the first input is the token before the first target
+        begins[firsts] -= 1
+        sizes[firsts] += 1
+        return self._join(begins, sizes).reshape(len(indices), self.context_length + 1)
+
+
+def _windows(begins: np.ndarray, lengths: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Where windows of `size` begin that cover documents of at least that length: each its first and its last window,
+    and between them every `size` tokens from a random place on."""
+    phases = rng.integers(1, size, size=len(begins), endpoint=True)
+    inner = np.maximum(0, -((lengths - size - phases) // -size))
+    counts = 1 + inner + (lengths > size)
+    document = np.repeat(np.arange(len(begins)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.where(number == 0, 0, phases[document] + (number - 1) * size)
+    return begins[document] + np.minimum(places, lengths[document] - size)
+
+
+def _pack(begins: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill rows with documents in their order, each row anew, its last document cut; the last row takes some again.
+
+    Returns:
+        Pieces (2, num_pieces) and the number of pieces in each row, (num_rows,).
+    """
+    number = len(begins)
+    if number == 0:
+        return np.zeros((2, 0), np.int64), np.zeros(0, np.int64)
+    begins, lengths = np.resize(begins, number + size), np.resize(lengths, number + size)
+    ends = np.cumsum(lengths)
+    # from a row's first document to the one after its last
+    following = (np.searchsorted(ends, ends[:number] - lengths[:number] + size) + 1).tolist()
+    firsts = [0]
+    while following[firsts[-1]] < number:
+        firsts.append(following[firsts[-1]])
+    stops = np.array([*firsts[1:], following[firsts[-1]]])
+    sizes = lengths[: stops[-1]].copy()
+    sizes[stops - 1] -= ends[stops - 1] - (ends[firsts] - lengths[firsts] + size)
+    return np.stack([begins[: stops[-1]], sizes]), np.diff(stops, prepend=0)
 
 
 class DocumentRows(Rows):

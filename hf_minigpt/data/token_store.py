@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +108,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """The smallest that holds the ids."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 class TokenStoreWriter:
     """Writes a `TokenStore` document by document, in constant memory but for 8 bytes a document."""
 
     def __init__(self, folder: str | Path, eos_token_id: int, vocab_size: int):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True)
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = ids_dtype(vocab_size)
         self.eos_token_id = eos_token_id
         self.num_bytes = 0
         self._eos = np.array([eos_token_id], self.dtype).tobytes()
@@ -171,6 +176,14 @@ class PreparedCorpus:
     num_empty: int
     folder: Path
 
+    def describe(self) -> dict[str, str]:
+        """For people: what is trained on, held out and left out."""
+        return {
+            "Trained on": f"{self.train.num_documents:,} documents, {self.train.num_tokens:,} tokens",
+            "Held out": f"{self.validation.num_documents:,} documents, {self.validation.num_tokens:,} tokens",
+            "Exact duplicates left out": f"{self.num_duplicates:,}",
+        }
+
 
 def prepare_corpus(
     documents: Documents,
@@ -209,20 +222,8 @@ def prepare_corpus(
     fingerprint = hashlib.blake2b(json.dumps(details, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=cache_dir))
-        try:
+        with made_at_once(folder) as work:
             _write_corpus(documents, tokenizer, work, details, num_workers or os.cpu_count() or 1)
-            # mkdtemp's folder is for its owner alone, but a cache may be shared
-            work.chmod(0o755)
-            try:
-                os.replace(work, folder)
-            except OSError:
-                # another process was first, and did the same work
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     manifest = _read_manifest(folder)
     return PreparedCorpus(
         train=TokenStore.open(folder / "train"),
@@ -231,6 +232,25 @@ def prepare_corpus(
         num_empty=manifest["num_empty"],
         folder=folder,
     )
+
+
+@contextlib.contextmanager
+def made_at_once(folder: Path) -> Iterator[Path]:
+    """Write a folder's files into the folder that this gives: others see all of them, or no folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield work
+        # mkdtemp's folder is for its owner alone, but a cache may be shared
+        work.chmod(0o755)
+        try:
+            os.replace(work, folder)
+        except OSError:
+            # another process was first, and did the same work
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_corpus(
@@ -247,18 +267,11 @@ def _write_corpus(
 
     eos_token_id = tokenizer.eos_token_id
     writers = [TokenStoreWriter(work / name, eos_token_id, len(tokenizer)) for name in ("train", "validation")]
-    encoder = plain_text_encoder(tokenizer)
-    cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
-
-    def encode(pieces: list[Piece]) -> list[np.ndarray]:
-        encodings = encoder.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
-        return [np.array(encoding.ids, writers[0].dtype) for encoding in encodings]
-
     with tqdm(total=num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
-        for pieces, encoded in _map_in_order(encode, _batches(texts, cut), num_workers):
+        for pieces, encoded in tokenize(texts, tokenizer, num_workers):
             for piece, ids in zip(pieces, encoded, strict=True):
-                size = len(piece.text.encode())
-                writers[piece.part].add(ids, size, piece.ends_document)
+                size = _num_bytes(piece.text)
+                writers[piece.tag].add(ids, size, piece.ends_document)
                 progress.update(size)
     for writer in writers:
         writer.close(fingerprints=details)
@@ -303,6 +316,15 @@ def _kept(documents: Documents, parts: np.ndarray) -> Iterator[tuple[str, int]]:
             yield document, part
 
 
+def held_out_documents(documents: Documents, *, validation_fraction: float = 0.1, seed: int = 0) -> Iterator[str]:
+    """The texts that `prepare_corpus` holds out with these arguments: the corpus is read twice, nothing written."""
+    parts, _ = _assign_parts(documents, validation_fraction, seed)
+    texts = _kept(documents, parts)
+    if (parts != DUPLICATE).sum() == 1:
+        texts = _split_single(next(texts)[0], 1 - validation_fraction, documents.name)
+    return (text for text, part in texts if part == VALIDATION)
+
+
 def _split_single(text: str, fraction: float, name: str) -> Iterator[tuple[str, int]]:
     target = round(fraction * len(text))
     reach = min(target, len(text) - target) // 2
@@ -322,8 +344,10 @@ def _split_single(text: str, fraction: float, name: str) -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class Piece:
+    """A part of a document's text, with a tag that all its pieces share."""
+
     text: str
-    part: int
+    tag: Any
     ends_document: bool
 
 
@@ -344,14 +368,14 @@ def _keep_whole(text: str) -> Iterator[str]:
     yield text
 
 
-def _batches(texts: Iterable[tuple[str, int]], cut: Callable[[str], Iterator[str]]) -> Iterator[list[Piece]]:
+def _batches(texts: Iterable[tuple[str, Any]], cut: Callable[[str], Iterator[str]]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     length = 0
-    for text, part in texts:
+    for text, tag in texts:
         remaining = len(text)
         for piece in cut(text):
             remaining -= len(piece)
-            batch.append(Piece(piece, part, ends_document=remaining == 0))
+            batch.append(Piece(piece, tag, ends_document=remaining == 0))
             length += len(piece)
             if length >= BATCH_LENGTH:
                 yield batch
@@ -360,9 +384,35 @@ def _batches(texts: Iterable[tuple[str, int]], cut: Callable[[str], Iterator[str
         yield batch
 
 
+def tokenize(
+    texts: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerFast, num_workers: int
+) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
+    """Ids of tagged texts in threads, some batches ahead of the consumer; in order, long texts in several pieces.
+
+    Args:
+        texts: plain text, that of special tokens too, and tags.
+
+    Returns:
+        Batches of pieces, and of each the ids, (num_tokens,) uint16 where the vocabulary fits, else uint32.
+    """
+    encoder = plain_text_encoder(tokenizer)
+    cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
+    dtype = ids_dtype(len(tokenizer))
+
+    def encode(pieces: list[Piece]) -> list[np.ndarray]:
+        encodings = encoder.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
+
+    return _map_in_order(encode, _batches(texts, cut), num_workers)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _map_in_order(
     encode: Callable[[list[Piece]], list[np.ndarray]], batches: Iterable[list[Piece]], num_workers: int
-) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
     """`encode` in threads (it releases the interpreter lock), a bounded number of batches ahead of the consumer."""
     pending: deque[tuple[list[Piece], Future]] = deque()
     with _one_thread_a_call(), ThreadPoolExecutor(num_workers) as pool:

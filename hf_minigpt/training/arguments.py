@@ -105,6 +105,30 @@ class DataArguments:
     max_documents: int | None = field(default=None, metadata={"help": "Use only the first documents."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents that is held out."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out documents."})
+    rows: Literal["aligned", "continuous"] = field(
+        default="continuous",
+        metadata={
+            "help": "How training rows are cut: out of all documents one after the other, each token once an epoch; or "
+            "aligned, each row begins with a document and its end cuts one."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the corpus while training, storing nothing: for corpora larger than the disk. "
+            "Needs --max_steps."
+        },
+    )
+    streaming_sample: int = field(
+        default=10_000,
+        metadata={
+            "help": "Documents that --streaming reads beforehand: those of them that are held out make the "
+            "evaluation, the others train the tokenizer where none is given."
+        },
+    )
+    shuffle_characters: int = field(
+        default=1 << 24, metadata={"help": "--streaming shuffles documents in blocks of this many characters."}
+    )
     cache_dir: str = field(
         default=os.path.join(HF_HOME, "hf_minigpt"), metadata={"help": "Where tokenized corpora are kept."}
     )
@@ -219,6 +243,10 @@ class RecipeArguments(TrainingArguments):
             self.use_cpu = True
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # pickled beside every checkpoint, and pushed with it
+        return self.__dict__ | {"hub_token": None}
+
     def _choose_precision(self) -> None:
         if self.precision != "auto" and (self.bf16 or self.fp16):
             raise ValueError(
@@ -293,7 +321,12 @@ class PretrainArguments(RecipeArguments):
         super().__post_init__()
 
 
-def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+def parse(
+    dataclass_types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple:
     """Read flags into dataclasses.
 
     `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
@@ -302,6 +335,7 @@ def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, des
     Args:
         dataclass_types: every field is a flag.
         argv: default `sys.argv[1:]`.
+        defaults: values, by field, that go before the dataclasses' own and behind the file's and the flags'.
 
     Returns:
         One object for each dataclass.
@@ -313,6 +347,7 @@ def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, des
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file with values for the flags below; flags override it.")
+    parser.set_defaults(**(defaults or {}))
     known = [f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type) if f.init]
 
     namespace, unknown = parser.parse_known_args(argv)

@@ -1,5 +1,6 @@
 """What the Trainer does not do by itself while it trains a language model."""
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import DistributedType
@@ -7,6 +8,7 @@ from accelerate.state import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from ..data.streaming import StreamedRows
 from .metrics import sample_texts
 
 
@@ -20,6 +22,31 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs):
         # whole at an epoch's beginning, and a fraction after a resume within it
         train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+class StreamPosition(TrainerCallback):
+    """Saves with each checkpoint where the stream of training rows goes on after it, and goes on there.
+
+    Args:
+        rows: that the Trainer trains on.
+        checkpoint: to resume from.
+    """
+
+    def __init__(self, rows: StreamedRows, checkpoint: str | None):
+        self.rows = rows
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.checkpoint is not None:
+            self.rows.load_position(self.checkpoint)
+
+    def on_save(self, args, state, control, **kwargs):
+        # of those that were read: the data loader is ahead of the training
+        num_trained_on = state.global_step * args.gradient_accumulation_steps * self.rows.rows_per_batch
+        self.rows.save_position(Path(args.output_dir, f"checkpoint-{state.global_step}"), num_trained_on)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.rows.close()
 
 
 class PrintSample(TrainerCallback):

@@ -38,7 +38,8 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from .callbacks import SetEpoch
+from ..data.streaming import StreamedRows
+from .callbacks import SetEpoch, StreamPosition
 from .divergence import StopOnDivergence, TrainingDiverged
 from .fingerprints import check_same_run, dataset_fingerprint, optimizer_name, run_fingerprint
 from .sealing import CheckpointSealer, resolve_resume, run_lock, say
@@ -137,6 +138,9 @@ def train_safely(trainer: Trainer, *, dataset: str | None = None, allow_changed_
             callbacks += [SealedCheckpoints(sealer), _NoStepTooMany(trainer)]
             if hasattr(trainer.train_dataset, "set_epoch"):
                 callbacks.append(SetEpoch())
+            if isinstance(trainer.train_dataset, StreamedRows):
+                # before the seal
+                callbacks.insert(0, StreamPosition(trainer.train_dataset, checkpoint))
             with _added(trainer, callbacks):
                 try:
                     output = trainer.train(resume_from_checkpoint=checkpoint)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..data.rows import Rows
+from ..data.streaming import StreamedRows
 from .sealing import read_manifest, say
 
 
@@ -36,6 +37,8 @@ def dataset_fingerprint(dataset: Any) -> str | None:
     """
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
         return None
+    if isinstance(dataset, StreamedRows):
+        return dataset.fingerprint()
     items: Any = dataset
     content: list[Any] = [len(items)]
     if isinstance(dataset, Rows):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..data.streaming import StreamedCorpus
 from ..data.token_store import PreparedCorpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..publishing.cards import METRICS, TrainingReport
@@ -34,7 +35,7 @@ def pretraining_report(
     data_args: DataArguments,
     args: PretrainArguments,
     model: MiniGPTForCausalLM,
-    corpus: PreparedCorpus,
+    corpus: PreparedCorpus | StreamedCorpus,
     metrics: Mapping[str, float],
     sample: str,
     command: str,
@@ -65,11 +66,7 @@ def pretraining_report(
         },
         dataset=dataset,
         dataset_on_hub=on_hub,
-        data={
-            "Trained on": f"{corpus.train.num_documents:,} documents, {corpus.train.num_tokens:,} tokens",
-            "Held out": f"{corpus.validation.num_documents:,} documents, {corpus.validation.num_tokens:,} tokens",
-            "Exact duplicates left out": f"{corpus.num_duplicates:,}",
-        },
+        data=corpus.describe(),
         hyperparameters={name: _plain(getattr(args, name)) for name in shown}
         | {"tokens seen": f"{metrics['train_tokens']:,}"},
         hardware=args.describe_hardware(),

@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from ..configuration_minigpt import MiniGPTConfig
-from ..data.corpora import Documents, load_documents
+from ..data.corpora import Documents, ShardedDocuments, load_documents, stream_documents
+from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
+from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sample_documents
 from ..data.token_store import PreparedCorpus, prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..presets import preset
 from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
-from .arguments import DataArguments, ModelArguments
+from .arguments import DataArguments, ModelArguments, PretrainArguments
 from .sealing import MANIFEST, verify_checkpoint
 
 
@@ -29,8 +31,34 @@ TALES_VOCAB_SIZE = 1024
 DEFAULT_VOCAB_SIZE = 4096
 
 
-def open_documents(args: DataArguments) -> Documents:
+def check_streaming(data_args: DataArguments, args: PretrainArguments) -> None:
+    """Refuse flags that `--streaming` cannot go with, and have the Trainer read its rows in their order."""
+    if not data_args.streaming:
+        return
+    for is_wrong, message in (
+        (args.max_steps <= 0, f"max_steps={args.max_steps}: a stream has no length; set --max_steps"),
+        (data_args.dataset is None, "dataset=None: the tales need no streaming; name a corpus with --dataset"),
+        (data_args.max_documents is not None, "max_documents is not read; set --max_steps, leave out --max_documents"),
+        (args.dataloader_num_workers > 0, "dataloader_num_workers: threads tokenize already; leave it out"),
+        (args.auto_find_batch_size, "auto_find_batch_size would lose the place in the stream; leave it out"),
+        (data_args.shuffle_characters < 1, "shuffle_characters must be at least 1"),
+    ):
+        if is_wrong:
+            raise ValueError(f"streaming=True with {message}.")
+    args.train_sampling_strategy = "sequential"
+
+
+def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
     """The corpus that the flags name."""
+    if args.streaming:
+        assert args.dataset is not None
+        return stream_documents(
+            args.dataset,
+            config_name=args.dataset_config,
+            split=args.dataset_split,
+            text_column=args.text_column,
+            join_sentences=args.join_sentences,
+        )
     return load_documents(
         args.dataset,
         config_name=args.dataset_config,
@@ -100,12 +128,19 @@ def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents:
 
 
 def prepare_data(
-    args: ModelArguments, data_args: DataArguments, documents: Documents
-) -> tuple[PreTrainedTokenizerFast, PreparedCorpus]:
-    """The tokenizer and the tokenized corpus, made now or found in the cache.
+    args: ModelArguments, data_args: DataArguments, documents: Documents | ShardedDocuments
+) -> tuple[PreTrainedTokenizerFast, PreparedCorpus | StreamedCorpus]:
+    """The tokenizer and the tokenized corpus, or of one to be streamed the held-out part, made now or found in the
+    cache.
 
     Let one process of a machine do it first: the others then find what it made.
     """
+    if isinstance(documents, ShardedDocuments):
+        split: dict[str, Any] = {"validation_fraction": data_args.validation_fraction, "seed": data_args.split_seed}
+        texts = sample_documents(documents, data_args.streaming_sample, held_out=False, **split)
+        tokenizer = prepare_tokenizer(args, data_args, texts)
+        num_sampled = data_args.streaming_sample
+        return tokenizer, prepare_stream(documents, tokenizer, data_args.cache_dir, num_sampled=num_sampled, **split)
     tokenizer = prepare_tokenizer(args, data_args, documents)
     corpus = prepare_corpus(
         documents,
@@ -115,6 +150,32 @@ def prepare_data(
         seed=data_args.split_seed,
     )
     return tokenizer, corpus
+
+
+def training_rows(
+    corpus: PreparedCorpus | StreamedCorpus,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    data_args: DataArguments,
+    args: PretrainArguments,
+) -> AlignedDocumentRows | ShuffledDocumentRows | StreamedRows:
+    """The rows to train on, of `length` tokens."""
+    if isinstance(corpus, PreparedCorpus):
+        rows = AlignedDocumentRows if data_args.rows == "aligned" else ShuffledDocumentRows
+        return rows(corpus.train, length, seed=args.seed)
+    return StreamedRows(
+        corpus.documents,
+        tokenizer,
+        length,
+        args.max_steps * args.rows_per_step,
+        rows_per_batch=args.train_batch_size,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        seed=args.seed,
+        shuffle_characters=data_args.shuffle_characters,
+        validation_fraction=data_args.validation_fraction,
+        split_seed=data_args.split_seed,
+    )
 
 
 def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:

@@ -1,6 +1,9 @@
+import numpy as np
+import pytest
 import torch
 
 from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import RowBatch
 
 
 PAD = 9
@@ -40,3 +43,15 @@ def test_everything_is_int64_whatever_the_padding_token():
         assert {value.dtype for value in batch.values()} == {torch.int64}
         assert batch["labels"][0, 0] == 1
         assert batch["shift_labels"][0, 0] == 2
+
+
+def test_rows_cut_together_make_the_same_batch_as_rows_alone():
+    tokens = np.array([[1, 2, 3, 8], [4, 5, 6, 7]], np.uint16)
+    batch = RowBatch(tokens)
+    together, alone = (LanguageModelCollator(PAD, num_ids=9)(rows) for rows in (batch, list(batch)))
+    assert together.keys() == alone.keys()
+    for name, value in together.items():
+        assert value.dtype == torch.int64 and value.is_contiguous() and value.equal(alone[name])
+    for rows in (batch, list(batch)):
+        with pytest.raises(ValueError, match="has 8, and the model's ids end at 7"):
+            LanguageModelCollator(PAD, num_ids=8)(rows)

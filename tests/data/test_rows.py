@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import (
+    AlignedDocumentRows,
     ContextRows,
     DocumentRows,
     RandomWindowRows,
@@ -60,6 +61,7 @@ def as_lists(rows):
 
 VIEWS = {
     "context": lambda store: ContextRows(store, 8),
+    "aligned": lambda store: AlignedDocumentRows(store, 8, seed=3),
     "shuffled": lambda store: ShuffledDocumentRows(store, 8, seed=3),
     "document": lambda store: DocumentRows(store, 8),
     "sliding": lambda store: SlidingWindowRows(store, 8, 3),
@@ -85,8 +87,8 @@ def test_pickle_carries_no_tokens(view, tmp_path):
     store = store_of([5000, 5000], tmp_path / "store")
     rows = VIEWS[view](store)
     data = pickle.dumps(rows)
-    # (rows of documents know where each row begins, 8 bytes)
-    assert len(data) < 1500 + 8 * len(rows) * (view == "document")
+    # (rows of documents know where each row begins, 8 bytes; aligned ones where their pieces lie)
+    assert len(data) < 1500 + {"document": 8, "aligned": 40}.get(view, 0) * len(rows)
     assert as_lists(pickle.loads(data)) == as_lists(rows)
 
 
@@ -149,17 +151,64 @@ def test_shuffled_document_rows(lengths, context_length, seed, epoch):
     with_store(lengths, check)
 
 
-def test_shuffle_depends_on_seed_and_epoch_alone(tmp_path):
+@given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
+@settings(deadline=None)
+def test_aligned_document_rows(lengths, context_length, seed, epoch):
+    def check(store):
+        if store.num_tokens <= context_length:
+            return
+        rows = AlignedDocumentRows(store, context_length, seed=seed)
+        rows.set_epoch(epoch)
+        assert len(rows) == len(ContextRows(store, context_length))
+        tokens = store.tokens.tolist()
+        documents = {tokens[begin]: tokens[begin:end] for begin, end in itertools.pairwise(store.offsets.tolist())}
+        for row in as_lists(rows):
+            assert len(row) == context_length + 1
+            if row[0] != EOS or row[1] not in documents or len(documents[row[1]]) >= context_length:
+                # all of it from one long document, the first input the token before
+                place = tokens.index(row[1]) if row[1] != EOS else tokens.index(row[0]) + 1
+                assert row == tokens[place - 1 : place + context_length]
+                document = np.searchsorted(store.offsets, place, side="right") - 1
+                assert store.offsets[document + 1] >= place + context_length
+                continue
+            # short documents, of which but the last all are whole
+            place = 1
+            while place < len(row):
+                document = documents[row[place]]
+                assert len(document) < context_length
+                assert row[place : place + len(document)] == document[: len(row) - place]
+                place += len(document)
+
+    with_store(lengths, check)
+
+
+def test_aligned_rows_see_all_of_long_documents_and_soon_all_of_short_ones(tmp_path):
+    store = store_of([300, 41, 80, *[11] * 40, 7, 3], tmp_path / "store")
+    rows = AlignedDocumentRows(store, 40, seed=0)
+    everything = set(store.tokens.tolist()[1:])
+    seen = set()
+    for epoch in range(4):
+        rows.set_epoch(epoch)
+        seen |= {token for row in as_lists(rows) for token in row[1:]}
+    assert seen == everything
+    # each begins a row as it ends one up: a pass over the corpus has them all
+    pieces, counts = rows._one_pass(np.random.default_rng(0))
+    assert counts.sum() == pieces.shape[1]
+    assert set(pieces[0].tolist()) >= set(store.offsets[:-1].tolist())
+
+
+@pytest.mark.parametrize("view", [AlignedDocumentRows, ShuffledDocumentRows])
+def test_shuffle_depends_on_seed_and_epoch_alone(view, tmp_path):
     store = store_of(range(1, 60), tmp_path / "store")
 
     def rows_in(epoch, seed=0, earlier=()):
-        rows = ShuffledDocumentRows(store, 16, seed=seed)
+        rows = view(store, 16, seed=seed)
         for each in (*earlier, epoch):
             rows.set_epoch(each)
         return as_lists(rows)
 
     assert rows_in(2) == rows_in(2, earlier=(5, 1)) == rows_in(2, earlier=(2,))
-    assert as_lists(ShuffledDocumentRows(store, 16)) == rows_in(0)
+    assert as_lists(view(store, 16)) == rows_in(0)
     different = [rows_in(0), rows_in(1), rows_in(0, seed=1), rows_in(1, seed=1), as_lists(ContextRows(store, 16))]
     assert all(different[i] != different[j] for i in range(5) for j in range(i))
 
@@ -229,7 +278,7 @@ def test_random_windows(store):
     assert as_lists(RandomWindowRows(store, 8, 3000, seed=2)) != drawn
 
 
-@pytest.mark.parametrize("view", [ContextRows, ShuffledDocumentRows])
+@pytest.mark.parametrize("view", [AlignedDocumentRows, ContextRows, ShuffledDocumentRows])
 def test_shortest_corpus_that_makes_a_row(view, store):
     assert len(view(store, 118)) == 1
     with pytest.raises(
