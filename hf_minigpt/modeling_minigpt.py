@@ -8,6 +8,7 @@ length, S key length, C hidden size, H heads, D head_dim, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -16,11 +17,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    find_packed_sequence_indices,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -37,6 +33,7 @@ from .configuration_minigpt import MiniGPTConfig
 from .functional_minigpt import (
     apply_rotary,
     auxiliary_lm_loss,
+    build_mask,
     causal_lm_loss,
     causal_lm_loss_without_logits,
     check_positions,
@@ -48,6 +45,7 @@ from .functional_minigpt import (
     is_plain_linear,
     sinusoidal_embedding,
 )
+from .generation_minigpt import Decoding, grow_in_place, single_token_inputs
 
 
 class MiniGPTRMSNorm(nn.Module):
@@ -320,9 +318,11 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            grow_in_place(past_key_values)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        mask = self.build_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
+        mask = build_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
         if position_ids is not None:
             # Attention kernels that pack by themselves (flash, vLLM's) look for it.
             kwargs["position_ids"] = position_ids
@@ -356,30 +356,6 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def build_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, past_length):
-        """What the attention interface wants besides causality: None, or a mask of padding and document borders."""
-        starts_empty = not torch.is_tensor(past_length) and past_length == 0
-        if position_ids is None or inputs_embeds.shape[1] == 1 or not starts_empty:
-            # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
-            return create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values)
-        document_ids = None
-        if attention_mask is None or attention_mask.ndim == 2:
-            document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
-        if document_ids is None:
-            return create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values)
-        # create_causal_mask looks for documents only without a cache and without a mask: it has to be told of them.
-        if past_key_values is not None:
-            # The keys of a static cache are as many as it can hold.
-            num_keys, _ = past_key_values.get_mask_sizes(document_ids.shape[1], 0)
-            document_ids = F.pad(document_ids, (0, num_keys - document_ids.shape[1]), value=-1)
-        return create_causal_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            and_mask_function=packed_sequence_mask_function(document_ids),
-        )
-
 
 @dataclass
 class MiniGPTCausalLMOutput(CausalLMOutputWithPast):
@@ -401,7 +377,25 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         self.model = MiniGPTModel(config)
         self.lm_head = build_lm_head(config)
         self.loss_function = causal_lm_loss
+        self.decoding = Decoding()
         self.post_init()
+
+    def set_decoding(self, kernel: str) -> None:
+        """
+        How a token after the first is computed on the CPU; the text is the same.
+
+        Args:
+            kernel: "transposed" (from the start): on a transposed copy of the linear layers' weights, where they are
+                at most 1 GiB. "compiled": without a copy, at batch 1 by a kernel of `torch.compile`, which wants a C++
+                compiler and some seconds at the first token. "none": as any other input.
+        """
+        self.decoding = Decoding(kernel)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):  # type: ignore[override]
+        inputs = single_token_inputs(self, input_ids, **kwargs) if next_sequence_length == 1 else None
+        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]
+        return inputs or prepare(input_ids, next_sequence_length, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -429,6 +423,13 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` (B, T) are labels that are already shifted; `num_items_in_batch` divides the summed
                 loss instead of the number of labels; `ignore_index` replaces -100. The rest goes to `MiniGPTModel`.
         """
+        if past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1:
+            others = (inputs_embeds, token_type_ids, labels, skip_logits, *kwargs.values())
+            if all(other is None or other is False for other in others) and not count_correct:
+                logits = self.decoding.step(self, input_ids, attention_mask, position_ids, past_key_values)
+                if logits is not None:
+                    return MiniGPTCausalLMOutput(logits=logits, past_key_values=past_key_values)
+
         loss_kwargs = {
             name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in kwargs
         }

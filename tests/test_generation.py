@@ -9,6 +9,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
     TextStreamer,
     pipeline,
 )
@@ -105,6 +107,39 @@ def test_beams():
     scores = log_likelihood(beams).view(2, 3)
     assert (scores[:, 0] >= log_likelihood(by_hand(model, ids)) - 1e-3).all()
     assert (scores.diff(dim=1) <= 1e-3).all()
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_small_model_drafts_for_a_large_one(name):
+    model, draft = tiny_model(name, num_hidden_layers=3), tiny_model(name, num_hidden_layers=1)
+    ids = random_ids(1, 5)
+    assert torch.equal(greedy(model, ids, assistant_model=draft, new_tokens=16), by_hand(model, ids, 16))
+
+
+def test_logits_processors_constrain():
+    class EvenIds(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 1::2] = -torch.inf
+            return scores
+
+    model = tiny_model("modern")
+    ids = random_ids(2, 5)
+    written = greedy(model, ids, new_tokens=8, logits_processor=LogitsProcessorList([EvenIds()]))
+    expected = ids
+    for _ in range(8):
+        scores = model(expected, use_cache=False).logits[:, -1]
+        expected = torch.cat([expected, 2 * scores[:, ::2].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(written, expected)
+
+
+def test_stop_strings():
+    model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    free = greedy(model, ids)
+    stop = tokenizer.decode(free[0, 9:11])
+    stopped = greedy(model, ids, stop_strings=[stop], tokenizer=tokenizer)
+    text, begin = tokenizer.decode(stopped[0, ids.shape[1] :]), stopped.shape[1]
+    assert text.endswith(stop) and torch.equal(stopped[0], free[0, :begin]) and begin <= 11
 
 
 def test_padded_ids_are_never_sampled():
