@@ -13,6 +13,14 @@ Going on from a checkpoint, with its tokenizer; from a YAML file, flags winning 
     accelerate launch recipes/pretrain.py --config recipes/configs/books.yaml --learning_rate 2e-3
     python recipes/pretrain.py --config recipes/configs/bookcorpus.yaml --plan --price_per_hour 3
 
+Onto the Hub, after `hf auth login`: each checkpoint as it is made, at the end everything, the model card included:
+
+    accelerate launch recipes/pretrain.py --push_to_hub true --hub_model_id you/your-minigpt
+
+On a corpus larger than the disk, from the Hub, read and tokenized while the model trains:
+
+    accelerate launch recipes/pretrain.py --streaming true --dataset HuggingFaceFW/fineweb-edu --max_steps 5000
+
 Interrupted, by Ctrl-C or by a crash: the same command with `--resume_from_checkpoint auto` goes on as if nothing had
 been; without it, a folder that holds checkpoints is refused. Two processes on one machine, started again if one dies
 (the variable keeps torchrun from handing them the addresses of the dead ones):
@@ -29,8 +37,9 @@ from pathlib import Path
 from transformers import set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
-from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.data.rows import DocumentRows
 from hf_minigpt.publishing.cards import format_metrics, save_model_card
+from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.training.arguments import (
     DataArguments,
@@ -48,7 +57,14 @@ from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.plan import plan_pretraining
 from hf_minigpt.training.reporting import pretraining_report
 from hf_minigpt.training.sealing import check_resume
-from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data
+from hf_minigpt.training.setup import (
+    build_model,
+    check_streaming,
+    context_length,
+    open_documents,
+    prepare_data,
+    training_rows,
+)
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
@@ -57,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argument_types = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
     model_args, data_args, plan_args, args = parse(argument_types, argv, description=__doc__)
     use_all_cores(args.cpu_threads)
+    check_streaming(data_args, args)
     if plan_args.plan:
         print(plan_pretraining(model_args, data_args, plan_args, args))
         return {}
@@ -66,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
     documents = open_documents(data_args)
+    prepare_push(args)
 
     # Data: one process tokenizes, the others open what it wrote.
     with args.main_process_first(desc="tokenizing"):
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
-    train_rows = ShuffledDocumentRows(corpus.train, length, seed=args.seed)
+    train_rows = training_rows(corpus, tokenizer, length, data_args, args)
     held_out_rows = DocumentRows(corpus.validation, length)
 
     # Model and training
@@ -87,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         callbacks=[PrintSample(tokenizer)],
     )
     trainer.accelerator.print(
-        f"{model.num_parameters():,} parameters, {corpus.train.num_tokens:,} training tokens of {documents.name} "
-        f"({corpus.num_duplicates} duplicate documents left out), {len(tokenizer)} token vocabulary\n"
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} token vocabulary, corpus {documents.name}: "
+        f"{', '.join(f'{name.lower()} {value}' for name, value in corpus.describe().items())}\n"
         f"{args.describe_hardware()}"
     )
     metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
@@ -116,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"\n{sample}\n\n{args.output_dir} holds the model, its tokenizer and code, README.md and loss.png. Next:"
         )
         print(f"  python recipes/generate.py {args.output_dir} --prompt {shlex.quote(' '.join(sample.split()[:2]))}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    push_run(args)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
     return metrics

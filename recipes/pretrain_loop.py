@@ -4,7 +4,8 @@ The job of recipes/pretrain.py as a bare Accelerate loop, for those who want to 
     accelerate launch recipes/pretrain_loop.py
     accelerate launch recipes/pretrain_loop.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
 
-Interrupted, it goes on with `--resume_from_checkpoint auto`. What it leaves to the Trainer: the model card, the Hub.
+Interrupted, it goes on with `--resume_from_checkpoint auto`. What it leaves to the Trainer: the model card, and
+pushing checkpoints (`--push_to_hub true` pushes at the end).
 """
 
 import itertools
@@ -21,7 +22,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerState, get_scheduler, set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
-from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, ShuffledDocumentRows
+from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.training.arguments import (
     DataArguments,
@@ -36,7 +38,7 @@ from hf_minigpt.training.fingerprints import check_same_run, dataset_fingerprint
 from hf_minigpt.training.metrics import evaluate_language_model, sample_texts
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
-from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data
+from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data, training_rows
 from hf_minigpt.training.signals import StopSignals
 
 
@@ -44,7 +46,11 @@ Batch = dict[str, torch.Tensor]
 
 
 def endless_batches(
-    loader: DataLoader, rows: ShuffledDocumentRows, generator: torch.Generator, seed: int, first: int
+    loader: DataLoader,
+    rows: AlignedDocumentRows | ShuffledDocumentRows,
+    generator: torch.Generator,
+    seed: int,
+    first: int,
 ) -> Iterator[Batch]:
     """The batches of one epoch after the other from number `first` on; an epoch's order follows from its number."""
     first_epoch, skipped = divmod(first, len(loader))
@@ -60,17 +66,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data_args, args = parse((ModelArguments, DataArguments, PretrainArguments), argv, description=__doc__)
     use_all_cores(args.cpu_threads)
+    if data_args.streaming:
+        raise ValueError("streaming=True: this loop reads stored rows; stream with recipes/pretrain.py.")
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
     documents = open_documents(data_args)
+    prepare_push(args)
     mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=args.use_cpu)
     with accelerator.local_main_process_first():
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
 
     set_seed(args.seed)
-    rows, held_out = ShuffledDocumentRows(corpus.train, length, args.seed), DocumentRows(corpus.validation, length)
+    rows = training_rows(corpus, tokenizer, length, data_args, args)
+    held_out = DocumentRows(corpus.validation, length)
     collator = LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer))
     generator = torch.Generator().manual_seed(args.seed)
     options = {"sampler": RandomSampler(rows, generator=generator), "generator": generator, "drop_last": True}
@@ -171,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         Path(args.output_dir, "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print(f"\n{args.output_dir} holds the model. Next:\n  python recipes/generate.py {args.output_dir}")
+    push_run(args)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

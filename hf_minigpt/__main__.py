@@ -1,0 +1,6 @@
+"""`python -m hf_minigpt serve MODEL`"""
+
+from .serving import main
+
+
+main()

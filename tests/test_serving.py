@@ -1,0 +1,145 @@
+"""`python -m hf_minigpt serve`, asked by the openai client over loopback."""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.serving import fit_into_context
+from test_generation import tiny_tokenizer
+from tiny import tiny_model
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ eos_token }}{{ message['role'] }} says {{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "the cat sat"}]
+# vocabulary and context of the tiny checkpoints
+SIZE, CONTEXT = 28, 64
+
+
+def test_a_text_ends_where_the_context_does():
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
+    for prompt, asked, expected in ((3, 1024, 6), (3, 2, 2), (8, None, 1), (1, None, 8)):
+        config = GenerationConfig(max_new_tokens=asked)
+        fit_into_context(config, model, prompt)
+        assert config.max_new_tokens == expected
+    with pytest.raises(ValueError, match="9 tokens, the model's context 8"):
+        fit_into_context(GenerationConfig(), model, 9)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        fit_into_context(GenerationConfig(), model, 0)
+
+
+def start(*flags: str) -> tuple[subprocess.Popen, str]:
+    """A server on a free port, and its address."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "hf_minigpt", "serve", *flags, "--port", "0", "--host", "127.0.0.1", "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    printed = []
+    for line in server.stdout:
+        printed.append(line)
+        if match := re.search(r"running on (http://127.0.0.1:\d+)", line):
+            return server, match[1]
+    raise AssertionError("".join(printed))
+
+
+def stop(server: subprocess.Popen) -> None:
+    server.terminate()
+    server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A model with learned positions, which has no place for a token beyond them, with and without chat template."""
+    folder = tmp_path_factory.mktemp("serving")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gpt2", vocab_size=SIZE, eos_token_id=0, bos_token_id=0, pad_token_id=0)
+    # no end of text, so that texts are long
+    model.generation_config.eos_token_id = None
+    for name, template in (("plain", None), ("chat", TEMPLATE)):
+        tokenizer.chat_template = template
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tokenizer.chat_template = TEMPLATE
+    return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=model)
+
+
+def expected_text(checkpoints, prompt: str, new_tokens: int) -> str:
+    ids = checkpoints.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = checkpoints.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+    return checkpoints.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["plain", "continuous"])
+def test_openai_client(checkpoints, batching):
+    import openai
+
+    chat, plain = (str(checkpoints.folder / name) for name in ("chat", "plain"))
+    prompt = checkpoints.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|endoftext|>user says the cat sat<|endoftext|>"
+    chat_text = expected_text(checkpoints, prompt, 12)
+    # without a model, requests say which; with one it is loaded at the start
+    flags = [chat] if batching == "plain" else ["--continuous-batching", "--cb-num-blocks", "32"]
+    server, url = start(*flags)
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        reply = client.chat.completions.create(model=chat, messages=MESSAGES, temperature=0, max_tokens=12)
+        assert reply.choices[0].message.content == chat_text
+        assert reply.choices[0].finish_reason == "length"
+        num_prompt_tokens = len(checkpoints.tokenizer(prompt)["input_ids"])
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (num_prompt_tokens, 12)
+        stream = client.chat.completions.create(
+            model=chat, messages=MESSAGES, temperature=0, max_tokens=12, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == chat_text
+
+        # as long as the context lets it be, where the client says nothing
+        written = client.completions.create(model=chat, prompt="the cat", temperature=0)
+        assert written.choices[0].text == expected_text(checkpoints, "the cat", CONTEXT + 1 - 7)
+        assert written.choices[0].finish_reason == "length"
+        long = client.completions.create(model=chat, prompt="cat" * 21, max_tokens=40, temperature=0)
+        assert long.usage.completion_tokens == 2
+
+        response = client.responses.create(
+            model=chat, input="the cat sat", temperature=0, max_output_tokens=12, stream=False
+        )
+        assert response.output_text == chat_text
+
+        with pytest.raises(openai.BadRequestError, match=r"66 tokens, the model's context 64"):
+            client.completions.create(model=chat, prompt="cat" * 22)
+        with pytest.raises(openai.BadRequestError, match=r"66 tokens, the model's context 64"):
+            client.completions.create(model=chat, prompt="cat" * 22, stream=True)
+        if batching == "plain":
+            assert [model.id for model in client.models.list()] == [chat]
+            with pytest.raises(openai.BadRequestError, match="Server is pinned to"):
+                client.completions.create(model=plain, prompt="the cat")
+        else:
+            with pytest.raises(openai.BadRequestError, match="chat_template is not set"):
+                client.chat.completions.create(model=plain, messages=MESSAGES)
+            assert (
+                client.completions.create(model=plain, prompt="the cat", max_tokens=3, temperature=0).choices[0].text
+            )
+    finally:
+        stop(server)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_served_is_said_at_the_start(tmp_path):
+    tiny_model("gpt2", model_class=MiniGPTForSequenceClassification, vocab_size=SIZE, pad_token_id=0).save_pretrained(
+        tmp_path
+    )
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(AssertionError, match="is a MiniGPTForSequenceClassification, which writes no text"):
+        start(str(tmp_path))
