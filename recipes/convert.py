@@ -1,10 +1,9 @@
 """
-Convert a GPT-1, GPT-2, nanoGPT or NanoChat checkpoint to MiniGPT, or any of them to GPT-2's or NanoChat's layout.
+Convert a GPT-1, GPT-2, nanoGPT or NanoChat checkpoint to MiniGPT; `recipes/export.py` goes the other way.
 
-    python recipes/convert.py openai-community/gpt2 --to minigpt runs/gpt2
-    python recipes/convert.py openai-community/openai-gpt --to minigpt runs/gpt1
-    python recipes/convert.py nanoGPT/out/ckpt.pt --to minigpt --tokenizer openai-community/gpt2 runs/nanogpt
-    python recipes/convert.py runs/pretrain --to nanochat runs/pretrain-nanochat
+    python recipes/convert.py openai-community/gpt2 runs/gpt2
+    python recipes/convert.py openai-community/openai-gpt runs/gpt1
+    python recipes/convert.py nanoGPT/out/ckpt.pt --tokenizer openai-community/gpt2 runs/nanogpt
 
 SOURCE is a folder, a name on the Hub, or nanoGPT's ckpt.pt. Whatever its head (language model, classifier, none), the
 result has it too; the tokenizer goes with it. Both models then read the same random ids, and the largest difference of
@@ -24,7 +23,6 @@ from hf_minigpt import conversion
 # Rounding stays below it, also for logits in the hundreds; a parameter in the wrong place does not.
 MAX_DIFFERENCE = 1e-2
 HEADS = {"gpt2": conversion.GPT2_HEADS, "gpt1": conversion.GPT1_HEADS, "nanochat": conversion.NANOCHAT_HEADS}
-TO = {"gpt2": conversion.to_gpt2, "nanochat": conversion.to_nanochat}
 
 
 def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
@@ -40,13 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a name on the Hub, or nanoGPT's ckpt.pt")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--from", dest="layout", choices=["auto", *conversion.FROM, "minigpt"], default="auto")
-    parser.add_argument("--to", choices=["minigpt", *TO], default="minigpt")
+    parser.add_argument("--from", dest="layout", choices=["auto", *conversion.FROM], default="auto")
     parser.add_argument("--tokenizer", help="a folder or a name on the Hub; default: the source's")
     args = parser.parse_args()
     layout = conversion.detect_layout(args.source) if args.layout == "auto" else args.layout
-    if layout == args.to:
-        parser.error(f"{args.source} is in the layout of {args.to} already")
+    if layout == "minigpt":
+        parser.error(f"{args.source} is a MiniGPT already; recipes/export.py takes it to other layouts")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         parser.error(f"{args.output_dir} is not empty: choose another folder")
 
@@ -54,10 +51,7 @@ def main() -> None:
     if tokenizer is None and args.tokenizer is not None:
         parser.error(f"{args.tokenizer} holds no tokenizer")
 
-    if layout == "minigpt":
-        source, _ = conversion.load_source(args.source, conversion.MINIGPT_TO_GPT2)
-        model = source
-    elif layout == "nanogpt":
+    if layout == "nanogpt":
         source = conversion.nanogpt_as_gpt2(args.source)
         overrides = {}
         if tokenizer is not None:
@@ -67,8 +61,6 @@ def main() -> None:
     else:
         source, _ = conversion.load_source(args.source, HEADS[layout])
         model = conversion.FROM[layout](source)
-    if args.to != "minigpt":
-        model = TO[args.to](model)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size={model.config.vocab_size}: give the "

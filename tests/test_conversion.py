@@ -553,7 +553,7 @@ def test_recipe_gpt1_with_its_tokenizer(tmp_path, recipe, capsys):
     source.save_pretrained(tmp_path / "gpt1")
     tokenizer.save_pretrained(tmp_path / "gpt1")
 
-    command = [sys.executable, str(RECIPE), tmp_path / "gpt1", "--to", "minigpt", tmp_path / "out"]
+    command = [sys.executable, str(RECIPE), tmp_path / "gpt1", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "OpenAIGPTLMHeadModel -> MiniGPTForCausalLM: largest difference of the logits" in result.stdout
@@ -567,9 +567,9 @@ def test_recipe_gpt1_with_its_tokenizer(tmp_path, recipe, capsys):
     with pytest.raises(SystemExit):
         recipe(tmp_path / "gpt1", tmp_path / "out")
     assert "is not empty" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="norm_placement='post'"):
-        recipe(tmp_path / "gpt1", "--to", "gpt2", tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
+    with pytest.raises(SystemExit):
+        recipe(tmp_path / "out", tmp_path / "again")
+    assert "is a MiniGPT already" in capsys.readouterr().err
 
 
 def test_recipe_nanogpt_with_a_tokenizer(tmp_path, recipe):
@@ -583,20 +583,15 @@ def test_recipe_nanogpt_with_a_tokenizer(tmp_path, recipe):
         expected = reference(TEXT)[..., :VOCAB_SIZE]
     torch.testing.assert_close(answer(model)[..., :VOCAB_SIZE], expected, atol=1e-5, rtol=0)
 
-    recipe(tmp_path / "out", "--to", "gpt2", tmp_path / "gpt2")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    assert type(exported) is GPT2LMHeadModel
-    torch.testing.assert_close(answer(exported), expected, atol=1e-5, rtol=0)
-    assert AutoTokenizer.from_pretrained(tmp_path / "gpt2")("w5 w6").input_ids == [5, 6]
 
-
-def test_recipe_nanogpt_without_a_tokenizer_straight_to_gpt2(tmp_path, recipe, capsys):
+def test_recipe_nanogpt_without_a_tokenizer(tmp_path, recipe, capsys):
     reference = save_nanogpt(tmp_path / "nanogpt", bias=False)
-    recipe(tmp_path / "nanogpt" / "ckpt.pt", "--to", "gpt2", tmp_path / "gpt2")
+    recipe(tmp_path / "nanogpt" / "ckpt.pt", tmp_path / "out")
     assert "No tokenizer found" in capsys.readouterr().out
     with torch.no_grad():
         expected = reference(TEXT)
-    torch.testing.assert_close(answer(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")), expected, atol=1e-5, rtol=0)
+    exported = to_gpt2(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(answer(exported), expected, atol=1e-5, rtol=0)
 
 
 def test_recipe_classifier_without_a_tokenizer_and_with_a_wrong_one(tmp_path, recipe, capsys):

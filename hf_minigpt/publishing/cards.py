@@ -1,11 +1,20 @@
 """Model cards whose numbers come from the run that made the model."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+INTENDED_USE = (
+    "To study what a language model of this size learns from this corpus, to write in its manner for fun, and to "
+    "finetune for a task of your own.",
+    "Not for facts, advice or decisions about people, nor for text that goes before readers unread.",
+)
 
 
 @dataclass
@@ -23,9 +32,10 @@ class TrainingReport:
         hardware, seconds: what it ran on, and how long.
         metrics: by name as in `METRICS`.
         sample: a text drawn from the model, unedited.
-        command: which made it.
+        command: which made it; the card leaves a `--hub_token` out.
         plot: file name of the loss plot, beside the card.
         limits: sentences on what not to expect of it.
+        intended_use: sentences on what it is for, and what not.
         license: an id of the Hub's list.
         language: ISO 639-1 code; None if unknown.
         base_model: Hub name of the model it was trained on from.
@@ -50,6 +60,7 @@ class TrainingReport:
     base_model: str | None = None
     dataset_on_hub: bool = False
     tags: Sequence[str] = field(default_factory=lambda: ["minigpt"])
+    intended_use: Sequence[str] = INTENDED_USE
 
 
 # name -> (what the card calls it, digits)
@@ -84,9 +95,9 @@ per byte are over the UTF-8 bytes of the held-out text, so they compare across t
 
 A sample, unedited:
 
-```text
+{fence}text
 {sample}
-```
+{fence}
 
 ## How to use
 
@@ -117,6 +128,10 @@ the same weights as the trunk of a classifier.
 |-|-|
 {hyperparameters}
 
+## Intended use
+
+{intended_use}
+
 ## Limits
 
 {limits}
@@ -145,10 +160,11 @@ def model_card(report: TrainingReport) -> ModelCard:
             metric_value=float(report.metrics[name]),
         )
         for name in ("loss", "perplexity", "bits_per_byte", "accuracy")
-        if name in report.metrics
+        # the Hub takes no infinity for a number
+        if math.isfinite(report.metrics.get(name, math.nan))
     ]
     card_data = ModelCardData(
-        model_name=report.name,
+        model_name=report.name if results else None,
         language=report.language,
         license=report.license,
         library_name="transformers",
@@ -156,7 +172,7 @@ def model_card(report: TrainingReport) -> ModelCard:
         tags=list(report.tags),
         datasets=[report.dataset] if report.dataset_on_hub else None,
         base_model=report.base_model,
-        eval_results=results,
+        eval_results=results or None,
     )
     shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
     content = TEMPLATE.format(
@@ -166,11 +182,14 @@ def model_card(report: TrainingReport) -> ModelCard:
         metrics=_table("Figure", "Value", format_metrics(report.metrics)),
         plot=f"\n![Loss against tokens]({report.plot})\n" if report.plot else "",
         sample=report.sample.strip(),
+        # longer than any in the text
+        fence="`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", report.sample + "`"))),
         prompt=" ".join(report.sample.split()[:3]).replace('"', '\\"'),
         data="\n".join(f"- {label}: {value}" for label, value in {"Corpus": report.dataset, **report.data}.items()),
-        command=report.command,
+        command=re.sub(r"(--hub_token[ =])\S+", r"\1...", report.command),
         training=f"{_minutes(report.seconds)} on {report.hardware}.",
-        hyperparameters="\n".join(f"| `{name}` | {value} |" for name, value in report.hyperparameters.items()),
+        hyperparameters="\n".join(f"| `{name}` | {_cell(value)} |" for name, value in report.hyperparameters.items()),
+        intended_use="\n".join(f"- {sentence}" for sentence in report.intended_use),
         limits="\n".join(f"- {limit}" for limit in report.limits),
         licence=LICENCES[report.license == "mit"],
     )
@@ -186,6 +205,10 @@ LICENCES = (
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"| {left} | {right} |", "|-|-|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _minutes(seconds: float) -> str:

@@ -1,0 +1,115 @@
+"""
+A page to try a model on: it writes on from a text, and shows what may come next and what each head looks at.
+
+    python recipes/demo.py runs/pretrain
+    python recipes/demo.py runs/pretrain --classifier runs/imdb --port 7860
+    python recipes/demo.py you/your-minigpt --space my-space
+
+MODEL and the classifier are folders or names on the Hub, of a MiniGPT or any other. The page opens on this machine
+alone (`--host 0.0.0.0` for the network), asks nothing of the internet and reports to nobody. `--space` writes a folder
+that is a Hub Space: with MODEL on the Hub it is named there, a folder's files are copied. Push it by
+
+    hf upload you/my-space my-space --repo-type space
+
+Needs `pip install "hf_minigpt[demo]"`. It is up in ten seconds.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.publishing import page
+from hf_minigpt.training.arguments import use_all_cores
+
+
+APP = '''\
+"""A page to try {title} on."""
+
+import page
+
+
+app = page.build(
+    page.load_page({model!r}, {classifier!r}, trust_remote_code=True),
+    {title!r},
+    {prompt!r},
+)
+
+if __name__ == "__main__":
+    page.launch(app)
+'''
+README = """\
+---
+title: {title}
+emoji: 📖
+colorFrom: indigo
+colorTo: blue
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+pinned: false
+{models}short_description: Write on, see the next token, look into the heads
+---
+
+{title}, a language model made with hf_minigpt, to try: it writes on from a text, and shows the distribution of the
+next token and the attention of every head.
+"""
+REQUIREMENTS = ("torch", "transformers")
+
+
+def place(source: str, folder: Path, name: str) -> str:
+    """Where a Space finds a model: a name on the Hub, or the copy made in the Space's folder."""
+    if not Path(source).is_dir():
+        return source
+    ignored = shutil.ignore_patterns("checkpoint-*", "_*", "*.bin", "*.pt", "runs", "README.md", "*.png")
+    shutil.copytree(source, folder / name, ignore=ignored)
+    return name
+
+
+def write_space(folder: Path, model: str, classifier: str | None, title: str, prompt: str) -> None:
+    """Write the folder of a Hub Space, which needs neither this package nor this machine."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"space={folder} is not empty: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in ("gradio", *REQUIREMENTS)}
+    on_hub = [name for name in (model, classifier) if name is not None and not Path(name).is_dir()]
+    models = "".join(["models:\n", *(f"- {json.dumps(name)}\n" for name in on_hub)]) if on_hub else ""
+    fields = {
+        "title": title,
+        "prompt": prompt,
+        "model": place(model, folder, "model"),
+        "classifier": None if classifier is None else place(classifier, folder, "classifier"),
+    }
+    shutil.copy(page.__file__, folder / "page.py")
+    (folder / "app.py").write_text(APP.format(**fields))
+    readme = README.format(title=json.dumps(title), gradio=versions["gradio"], models=models)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    (folder / "requirements.txt").write_text("".join(f"{name}=={versions[name]}\n" for name in REQUIREMENTS))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("--classifier", help="folder or Hub name of a text classifier, for a tab with its answer")
+    parser.add_argument("--title", help="default: the model's name")
+    parser.add_argument("--prompt", default="Once upon a time", help="the text at the beginning")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--space", type=Path, help="write a Hub Space into this folder instead")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
+    args = parser.parse_args(argv)
+    title = args.title or Path(args.model).name
+    if args.space is not None:
+        write_space(args.space, args.model, args.classifier, title, args.prompt)
+        print(f"{args.space} is a Space. Next:\n  hf upload you/{args.space.name} {args.space} --repo-type space")
+        return
+    use_all_cores()
+    loaded = page.load_page(args.model, args.classifier, args.trust_remote_code)
+    page.launch(page.build(loaded, title, args.prompt), server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
