@@ -6,6 +6,7 @@ token that equals the end token teaches a model never to stop.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 UNKNOWN = "<|unk|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 # GPT-2's vocabulary and merges: as transformers names the files, and as OpenAI released them
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -168,6 +170,93 @@ class StrictWordTokenizer(PreTrainedTokenizerFast):
 
 # By this name AutoTokenizer finds the class of a saved tokenizer.
 REGISTERED_TOKENIZER_CLASSES[StrictWordTokenizer.__name__] = StrictWordTokenizer
+
+
+def _quoted(tokens: Iterable[str]) -> str:
+    """Jinja filters that break up special tokens which a message quotes: `<|user|>` becomes `< |user|>`."""
+    return "".join(f" | replace('{token}', '{token[0]} {token[1:]}')" for token in tokens)
+
+
+# Jinja, in one line each: a message's text, from a string or from the text parts of a list; and an assistant's turn,
+# whose end token is generated, hence trained, and stops generation.
+_TEXT = (
+    "{%- set parts = message['content'] if message['content'] is not string else [{'text': message['content']}] -%}"
+    "{%- set text = parts | map(attribute='text') | join('') | trim | replace(eos_token, ' ')__QUOTED__ -%}"
+)
+_ANSWER = "{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}"
+_WRONG_ROLE = "{{- raise_exception('the chat template has no role ' + message['role']) -}}"
+
+# A conversation begins like a document, with the end-of-text token.
+CHAT_TEMPLATES = {
+    "roles": (
+        "{{- eos_token -}}"
+        "{%- for message in messages -%}"
+        + _TEXT.replace("__QUOTED__", _quoted([PAD, *ROLES]))
+        + "{%- if message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}"
+        + _ANSWER
+        + "{%- elif message['role'] in ['system', 'user'] -%}{{- '<|' + message['role'] + '|>' + text -}}"
+        + "{%- else -%}"
+        + _WRONG_ROLE
+        + "{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    ),
+    # Stanford Alpaca's two headers; a system message takes their place
+    "alpaca": (
+        "{{- eos_token -}}"
+        "{%- set ns = namespace(header=true) -%}"
+        "{%- for message in messages -%}"
+        + _TEXT.replace("__QUOTED__", _quoted([PAD]))
+        + "{%- if message['role'] == 'system' -%}{{- text + '\n\n' -}}{%- set ns.header = false -%}"
+        "{%- elif message['role'] == 'user' -%}"
+        "{%- if ns.header -%}"
+        "{{- 'Below is an instruction that describes a task' -}}"
+        "{%- if '\n\n### Input:\n' in text -%}"
+        "{{- ', paired with an input that provides further context' -}}"
+        "{%- endif -%}"
+        "{{- '. Write a response that appropriately completes the request.\n\n' -}}"
+        "{%- set ns.header = false -%}"
+        "{%- elif not loop.first and loop.previtem['role'] == 'assistant' -%}{{- '\n\n' -}}"
+        "{%- endif -%}"
+        "{{- '### Instruction:\n' + text + '\n\n' -}}"
+        "{%- elif message['role'] == 'assistant' -%}{{- '### Response:\n' -}}"
+        + _ANSWER
+        + "{%- else -%}"
+        + _WRONG_ROLE
+        + "{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '### Response:\n' -}}{%- endif -%}"
+    ),
+}
+CHAT_FORMATS = tuple(CHAT_TEMPLATES)
+GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | None = None) -> int:
+    """Give a tokenizer a chat template that marks what the assistant says; its turns end with the end-of-text token.
+
+    `roles` begins a turn with `<|system|>`, `<|user|>` or `<|assistant|>`, tokens of their own. `alpaca` writes
+    Stanford Alpaca's headers, with no new token. Neither lets a message act by quoting a special token.
+
+    Args:
+        chat_format: a key of `CHAT_TEMPLATES`; None keeps the tokenizer's own template if it has one with
+            `{% generation %}` marks, else takes `roles`.
+
+    Returns:
+        The number of tokens that are new: the model's table has to grow by them.
+    """
+    if chat_format is None:
+        if GENERATION_MARK.search(tokenizer.chat_template or ""):
+            return 0
+        chat_format = "roles"
+    if chat_format not in CHAT_TEMPLATES:
+        raise ValueError(f"chat_format={chat_format!r} is unknown: choose one of {', '.join(CHAT_TEMPLATES)}.")
+    tokenizer.chat_template = CHAT_TEMPLATES[chat_format]
+    if chat_format != "roles":
+        return 0
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
+    return len(tokenizer) - before
 
 
 def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
