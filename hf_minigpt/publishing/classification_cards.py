@@ -1,0 +1,150 @@
+"""Model cards of classifiers, whose numbers come from the run that made them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .cards import LICENCES, TrainingReport, _minutes, _table
+
+
+INTENDED_USE = (
+    "To sort texts like those it was trained on, in their language, and to study how a small model learns to.",
+    "Not for texts of another kind without a test on some of them first, nor for decisions about people.",
+)
+
+# name -> (what the card calls it, digits)
+CLASSIFICATION_METRICS = {
+    "accuracy": ("Accuracy", ".2%"),
+    "accuracy_low": ("Accuracy, 95 % interval from", ".2%"),
+    "accuracy_high": ("Accuracy, 95 % interval to", ".2%"),
+    "accuracy_mean": ("Accuracy, mean over the seeds", ".2%"),
+    "accuracy_spread": ("Accuracy, standard deviation over the seeds", ".2%"),
+    "f1": ("F1 (macro)", ".4f"),
+    "roc_auc": ("Area under the ROC curve", ".4f"),
+    "calibration_error": ("Expected calibration error (15 bins)", ".4f"),
+    "loss": ("Loss (nats)", ".4f"),
+    "pipeline_accuracy": ("Accuracy through the pipeline, which keeps heads or tails only, on a few texts", ".2%"),
+    "baseline_accuracy": ("TF-IDF of words and pairs with logistic regression", ".2%"),
+    "only_network_right": ("Texts that only the network has right", ",.0f"),
+    "only_baseline_right": ("Texts that only the baseline has right", ",.0f"),
+    "mcnemar_p": ("Chance of so uneven a share (exact McNemar test)", ".2g"),
+    "share_truncated": ("Test texts longer than the context", ".1%"),
+    "examples_per_second": ("Texts per second in training", ",.0f"),
+}
+
+TEMPLATE = """\
+---
+{metadata}
+---
+
+# {name}
+
+{description}
+
+## Results
+
+On the test texts, which no step of the training has seen:
+
+{metrics}
+
+![Confusion matrix](confusion_matrix.png)
+![Reliability](reliability.png)
+
+## How to use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{name}", trust_remote_code=True)
+print(classify("{sample}", truncation=True))
+```
+
+The code of the model lies beside its weights, hence `trust_remote_code=True`; with `hf_minigpt` installed,
+`import hf_minigpt` does instead.
+
+## Data
+
+{data}
+
+## Training
+
+```bash
+{command}
+```
+
+{training}
+
+| Hyperparameter | Value |
+|-|-|
+{hyperparameters}
+
+## Intended use
+
+{intended_use}
+
+## Limits
+
+{limits}
+
+## Licence
+
+{licence}
+"""
+
+
+def format_classification_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The metrics that `CLASSIFICATION_METRICS` knows, in its order: what they are called -> number as text."""
+    known = CLASSIFICATION_METRICS.items()
+    return {label: format(metrics[name], digits) for name, (label, digits) in known if name in metrics}
+
+
+def classification_card(report: TrainingReport) -> ModelCard:
+    """The card of a classifier, with metadata that the Hub reads (model-index among them)."""
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Text classification",
+            dataset_type=report.dataset if report.dataset_on_hub else "text",
+            dataset_name=f"{report.dataset}, test",
+            metric_type=name,
+            metric_name=CLASSIFICATION_METRICS[name][0],
+            metric_value=float(report.metrics[name]),
+        )
+        for name in ("accuracy", "f1", "roc_auc", "calibration_error")
+    ]
+    card_data = ModelCardData(
+        model_name=report.name,
+        language=report.language,
+        license=report.license,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=list(report.tags),
+        datasets=[report.dataset] if report.dataset_on_hub else None,
+        base_model=report.base_model,
+        eval_results=results,
+    )
+    shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
+    content = TEMPLATE.format(
+        metadata=card_data.to_yaml(),
+        name=report.name,
+        description=f"{report.description} {report.num_parameters / 1e6:.2f} million parameters: {shape}.",
+        metrics=_table("Figure", "Value", format_classification_metrics(report.metrics)),
+        sample=" ".join(report.sample.split()).replace("\\", "").replace('"', "'"),
+        data="\n".join(f"- {label}: {value}" for label, value in {"Data": report.dataset, **report.data}.items()),
+        command=re.sub(r"(--hub_token[ =])\S+", r"\1...", report.command),
+        training=f"{_minutes(report.seconds)} on {report.hardware}.",
+        hyperparameters="\n".join(f"| `{name}` | {value} |" for name, value in report.hyperparameters.items()),
+        intended_use="\n".join(f"- {sentence}" for sentence in INTENDED_USE),
+        limits="\n".join(f"- {limit}" for limit in report.limits),
+        licence=LICENCES[report.license == "mit"],
+    )
+    return ModelCard(content)
+
+
+def save_classification_card(report: TrainingReport, folder: str | Path) -> Path:
+    """Write `README.md` into a classifier's folder."""
+    path = Path(folder) / "README.md"
+    classification_card(report).save(path)
+    return path

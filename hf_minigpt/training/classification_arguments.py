@@ -1,0 +1,214 @@
+"""Flags of the recipe that makes a classifier: its data, its training, its adapter."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..data.reviews import ReviewSplits, load_reviews
+from .arguments import _HELP, RecipeArguments
+
+
+@dataclass
+class ReviewArguments:
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name on the Hub, or a file or folder of .jsonl, .json, .csv, .parquet. Default: the embedded "
+            "reviews of tales, for which nothing is downloaded."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds the label: a number or a name."})
+    class_names: list[str] = field(
+        default_factory=lambda: ["negative", "positive"],
+        metadata={"help": "What the classes are called, in the order of their numbers."},
+    )
+    label_map: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Values of the column that are neither names nor numbers: neg=negative pos=positive ..."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split to test on, if there is one by that name."})
+    unlabelled_split: str | None = field(
+        default=None, metadata={"help": "Split whose texts --write_training_texts writes too."}
+    )
+    test_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the texts to test on where there is no test split. Default: 0.2."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training texts on which the best epoch is chosen."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out texts."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Train on so many texts only."})
+    truncation: Literal["head", "tail", "head_tail", "windows"] = field(
+        default="head_tail",
+        metadata={
+            "help": "What is kept of a text longer than context_length: its head, its tail, a quarter of the room for "
+            "the head and the rest for the tail, or windows, over which the logits are averaged."
+        },
+    )
+    write_training_texts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the cleaned texts that may be trained on (neither validation nor test) to this .parquet or "
+            ".jsonl file, for recipes/pretrain.py, and stop."
+        },
+    )
+    baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Train TF-IDF of words and pairs of words with logistic regression beside it (needs "
+            "scikit-learn), and test whether the network is better."
+        },
+    )
+    pipeline_examples: int = field(
+        default=200,
+        metadata={
+            "help": "Test texts that evaluate's evaluator judges once more through the pipeline, if scipy is there."
+        },
+    )
+
+    def __post_init__(self):
+        if len(set(self.class_names)) < max(len(self.class_names), 2):
+            raise ValueError(f"class_names={self.class_names} must be at least two different names.")
+        wrong = [item for item in self.label_map if not all(item.partition("=")[::2])]
+        if wrong:
+            raise ValueError(f"label_map has {wrong[0]!r}, which is not VALUE=NAME.")
+        if self.write_training_texts is not None and not self.write_training_texts.endswith((".parquet", ".jsonl")):
+            raise ValueError(f"write_training_texts={self.write_training_texts} must end in .parquet or .jsonl.")
+
+    def load(self) -> ReviewSplits:
+        """The splits that the flags name."""
+        return load_reviews(
+            self.dataset,
+            config_name=self.dataset_config,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            class_names=self.class_names,
+            label_map=dict(item.split("=", 1) for item in self.label_map),
+            train_split=self.train_split,
+            test_split=self.test_split,
+            unlabelled_split=self.unlabelled_split,
+            test_fraction=self.test_fraction,
+            validation_fraction=self.validation_fraction,
+            split_seed=self.split_seed,
+            max_train_examples=self.max_train_examples,
+        )
+
+
+@dataclass
+class SeedArguments:
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Train once with each seed, in seed-N below output_dir, and keep the best. Default: --seed."
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the classifier's head only."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapters' output is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Save one model with the adapters added to its weights, not the adapters."}
+    )
+
+    def __post_init__(self):
+        if self.merge_lora and not self.lora:
+            raise ValueError("merge_lora=True without lora=True: there is nothing to merge. Add --lora true.")
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r} must be at least 1.")
+
+
+@dataclass
+class ClassificationArguments(RecipeArguments):
+    """`RecipeArguments` with what a classifier's training takes, and defaults for it."""
+
+    output_dir: str | None = field(default="runs/reviews", metadata=_HELP["output_dir"])
+    num_train_epochs: float = field(default=6.0, metadata=_HELP["num_train_epochs"])
+    learning_rate: float | None = field(
+        default=1e-3, metadata={"help": "AdamW's learning rate: of everything, or beside Muon of what is no matrix."}
+    )
+    matrix_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of Muon's matrices."})
+    warmup_steps: float = field(default=0.05, metadata=_HELP["warmup_steps"])
+    weight_decay: float = field(default=0.01, metadata=_HELP["weight_decay"])
+    adam_beta2: float = field(default=0.98, metadata=_HELP["adam_beta2"])
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
+    eval_strategy: IntervalStrategy | str = field(default="epoch", metadata=_HELP["eval_strategy"])
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata=_HELP["save_strategy"])
+    save_total_limit: int | None = field(default=1, metadata=_HELP["save_total_limit"])
+    load_best_model_at_end: bool = field(default=True, metadata=_HELP["load_best_model_at_end"])
+    metric_for_best_model: str | None = field(default="accuracy", metadata=_HELP["metric_for_best_model"])
+
+    tokens_per_batch: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens in a batch of one process, padding included: texts of like length share one. Instead of "
+            "per_device_train_batch_size."
+        },
+    )
+    pooling: Literal["last", "mean"] = field(
+        default="mean", metadata={"help": "What the classifier reads: the last token or the mean over all."}
+    )
+    auxiliary_lm_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the language-model loss beside the classifier's (GPT-1's lambda)."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Of the embedding and of each branch. Default: the model's."}
+    )
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "Of the attention weights, slow on a CPU. Default: the model's."}
+    )
+    token_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the tokens that are blanked out in training, others in each epoch."}
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "The learning rates of each block are those of the block above times this factor."},
+    )
+    frozen_layers: int = field(
+        default=0, metadata={"help": "Keep the embeddings and so many of the lowest blocks as they are."}
+    )
+    early_stopping_patience: int | None = field(
+        default=3, metadata={"help": "Stop after so many evaluations without a better validation accuracy."}
+    )
+
+    def __post_init__(self):
+        # a column of the Trainer's progress that would mean nothing
+        for name in ("token_dropout", "dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name}={value} is a probability: choose one in [0, 1).")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie above 0 and not above 1.")
+        if self.frozen_layers < 0 or self.auxiliary_lm_weight < 0:
+            raise ValueError(
+                f"frozen_layers={self.frozen_layers}, auxiliary_lm_weight={self.auxiliary_lm_weight}: neither may be "
+                "negative."
+            )
+        if self.optimizer == "trainer" and self.layer_decay != 1:
+            raise ValueError(f"layer_decay={self.layer_decay} needs --optimizer muon or adamw, not 'trainer'.")
+        if self.label_smoothing_factor and self.auxiliary_lm_weight:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer then computes the loss itself, "
+                f"without the auxiliary one of auxiliary_lm_weight={self.auxiliary_lm_weight}. Leave one of them out."
+            )
+        default = RecipeArguments.__dataclass_fields__["per_device_train_batch_size"].default
+        if self.per_device_train_batch_size != default or self.auto_find_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: the size of a batch is told in "
+                "tokens here; set tokens_per_batch."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r}: batches are grouped by length already; "
+                "leave it out."
+            )
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs --load_best_model_at_end true.")
+        super().__post_init__()
