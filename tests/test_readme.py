@@ -10,6 +10,13 @@ from datasets import Dataset
 
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from hf_minigpt.training.classification_arguments import (
+    ClassificationArguments,
+    LoraArguments,
+    ReviewArguments,
+    SeedArguments,
+)
+from hf_minigpt.training.sft import InstructionArguments, SFTArguments
 from tiny import tiny_model
 
 
@@ -18,17 +25,29 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
+# of the recipes whose flags are dataclasses
+ARGUMENTS = {
+    "recipes/pretrain.py": (ModelArguments, DataArguments, PlanArguments, PretrainArguments),
+    "recipes/finetune_imdb.py": (
+        ModelArguments,
+        ReviewArguments,
+        ClassificationArguments,
+        LoraArguments,
+        SeedArguments,
+    ),
+    "recipes/sft.py": (InstructionArguments, SFTArguments),
+}
+
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_name_what_exists(command):
-    pretrain_types = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
-    flags = {field.name for pretrain_type in pretrain_types for field in dataclasses.fields(pretrain_type)}
     script = None
     for word in shlex.split(command):
         if word.startswith(("recipes/", "constraints")):
             assert (ROOT / word).exists(), word
             script = word if word.endswith(".py") else script
-        elif word.startswith("--") and script == "recipes/pretrain.py":
+        elif word.startswith("--") and script in ARGUMENTS:
+            flags = {field.name for argument_type in ARGUMENTS[script] for field in dataclasses.fields(argument_type)}
             assert word.removeprefix("--") in flags | {"config"}, word
         elif word.startswith("--") and script is not None:
             assert word in (ROOT / script).read_text(encoding="utf-8"), word
