@@ -17,6 +17,10 @@ from transformers.utils.import_utils import is_tracing
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 MIN_CHUNK_ROWS = 512
 
+# `few_rows_linear` is the faster one up to so many rows, and from so many weights on.
+FEW_ROWS = 32
+SMALL_MATRIX = 2**16
+
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[d], x[d + D/2]) of x (B, H, T, D) by its position's angle, in Llama's direction."""
@@ -335,8 +339,8 @@ def linear_cross_entropy(
         softcap, num_ids: as in `finish_logits`.
 
     Returns:
-        The sum over the divisor (float32, 0-dim) and, if `count_correct`, the number of targets that are the most likely id (else 0;
-        int64, 0-dim).
+        The sum over the divisor (float32, 0-dim) and, if `count_correct`, the number of targets that are the most
+        likely id (else 0; int64, 0-dim).
     """
     if not torch.compiler.is_compiling():
         rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -391,6 +395,26 @@ def causal_lm_loss_without_logits(
         ignore_index=ignore_index,
         count_correct=count_correct,
     )
+
+
+def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    `F.linear` of a few rows (B, I) with a large matrix (O, I) in float32 on a CPU, near its memory's speed: (B, O).
+
+    MKL reads the matrix at half that speed or less for one row, and again for each further one. A batch of products
+    with blocks of the matrix's rows it shares out among its threads as it should, and several rows are no trouble to
+    it on the matrix's right.
+    """
+    if inputs.shape[0] > 1:
+        outputs = torch.mm(weight, inputs.t()).t()
+    else:
+        num_blocks, width = 4, weight.shape[1]
+        whole = weight.shape[0] // num_blocks * num_blocks
+        column = inputs.t().expand(num_blocks, width, 1)
+        outputs = torch.bmm(weight[:whole].view(num_blocks, -1, width), column).view(1, whole)
+        if whole < weight.shape[0]:
+            outputs = torch.cat((outputs, inputs @ weight[whole:].t()), dim=1)
+    return outputs if bias is None else outputs + bias
 
 
 def is_plain_linear(module: nn.Module) -> bool:

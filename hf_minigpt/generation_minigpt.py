@@ -2,12 +2,11 @@
 Writing a token at a time, faster: a cache that grows in place, and the model's step for one token without the detours
 that only longer inputs need. It travels with a checkpoint.
 
-At batch 1 a token costs the time of reading all weights, if the matrix products run at the memory's speed. A row-major
-`F.linear` of one row takes twice that on most CPUs, so `Decoding` knows two other kernels; nothing else differs from
-`MiniGPTForCausalLM.forward`, which remains the definition and does all that `Decoding` declines.
+At batch 1 a token costs the time of reading all weights, if the matrix products run at the memory's speed, and in a
+small model as much again for Python. `MiniGPTForCausalLM.forward` remains the definition and does all that `Decoding`
+declines.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +17,17 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_tracing
 
-from .functional_minigpt import apply_rotary, check_positions, finish_logits, is_plain_linear, sinusoidal_embedding
+from .functional_minigpt import (
+    FEW_ROWS,
+    SMALL_MATRIX,
+    apply_rotary,
+    check_positions,
+    few_rows_linear,
+    finish_logits,
+    is_plain_linear,
+    sinusoidal_embedding,
+)
 
-
-DECODING_KERNELS = ("transposed", "compiled", "none")
-
-# Models with more bytes of weights are not copied: they would take as much memory again.
-MAX_COPIED_BYTES = 2**30
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 # Modules of modeling_minigpt.py, which imports this file.
@@ -131,21 +134,6 @@ def single_token_inputs(
     return {**inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
 
 
-@functools.cache
-def compiled_products() -> Callable:
-    """Matrices (O, I) times one row (1, I), side by side: loops that inductor fuses into one pass over the weights."""
-
-    def products(
-        row: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor] | None
-    ) -> torch.Tensor:  # (1, sum of O)
-        outputs = [(weight * row).sum(-1) for weight in weights]
-        if biases is not None:
-            outputs = [output + bias for output, bias in zip(outputs, biases, strict=True)]
-        return torch.cat(outputs)[None]
-
-    return torch.compile(products, dynamic=True)
-
-
 def is_bare(module: nn.Module) -> bool:
     """Whether nothing listens to or replaces the module's forward, so that a caller may do its work instead."""
     return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
@@ -164,28 +152,16 @@ class Decoding:
     The step for one token of `MiniGPTForCausalLM`, on the CPU and without gradients.
 
     Linear layers that are not plain float32 matrices (adapters, int8, shards, hooks) are called as modules, so that
-    whatever they do is done. See `MiniGPTForCausalLM.set_decoding` for the kernels.
+    whatever they do is done.
     """
 
-    def __init__(self, kernel: str = "transposed"):
-        if kernel not in DECODING_KERNELS:
-            raise ValueError(f"kernel={kernel!r} is not known: choose one of {', '.join(DECODING_KERNELS)}.")
-        self.kernel = kernel
-        self.forget()
-
-    def forget(self) -> None:
+    def __init__(self) -> None:
         self.blocks: list[DecodingBlock] = []
-        # A weight that was copied, where it was, how often it had been written to.
-        self.copied: list[tuple[nn.Parameter, int, int]] = []
         self.verified_for: Callable[[], Cache | None] = lambda: None
-        self.snapshot: list[Any] = []
 
-    def __getstate__(self) -> dict[str, str]:
-        # Neither a copy nor a pickle of the model takes the copied weights along.
-        return {"kernel": self.kernel}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple:
+        # A copy of the model is walked through anew.
+        return Decoding, ()
 
     def step(
         self,
@@ -230,11 +206,11 @@ class Decoding:
         hidden_states = hidden_states[:, 0]
         for block in self.blocks:
             hidden_states = block.step(hidden_states, rotation, mask, cache)
-        logits = self.head(self.final_norm(hidden_states))
+        logits = self.head(self.final_norm(hidden_states)).contiguous()
         return finish_logits(logits, self.softcap, self.num_ids)[:, None]
 
     def applies(self, lm, input_ids, attention_mask, position_ids, cache) -> bool:
-        if self.kernel == "none" or lm.training or not isinstance(cache, DynamicCache):
+        if lm.training or not isinstance(cache, DynamicCache) or input_ids.shape[0] > FEW_ROWS:
             return False
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_tracing(input_ids):
             return False
@@ -244,14 +220,16 @@ class Decoding:
                 return False
         if position_ids is not None and position_ids.ndim != 2:
             return False
-        # Modules are looked at once a text, weights at every step: looking costs time, too.
+        # Modules are looked at once a text, their weights wherever they are read: looking costs time, too.
         if self.verified_for() is not cache:
             if not self.is_ordinary(lm, input_ids):
                 return False
-            self.prepare(lm)
+            self.blocks = [DecodingBlock(block) for block in lm.model.layers]
+            self.final_norm = direct_norm(lm.model.norm)
+            self.head = product_of(lm.lm_head)
+            self.softcap = lm.config.final_logit_softcapping
+            self.num_ids = lm.config.unpadded_vocab_size
             self.verified_for = weakref.ref(cache)
-        elif not self.is_fresh():
-            self.prepare(lm)
         return True
 
     def is_ordinary(self, lm: Module, input_ids: torch.Tensor) -> bool:
@@ -270,65 +248,42 @@ class Decoding:
             and all(is_bare(module) for module in containers)
         )
 
-    def is_fresh(self) -> bool:
-        return all(
-            weight._version == version and weight.data_ptr() == address for weight, address, version in self.copied
-        )
-
-    def prepare(self, lm: Module) -> None:
-        """Take up the model's matrices, anew where any of them has changed since."""
-        matrices = [lm.lm_head, *(module for block in lm.model.layers for module in linear_layers(block))]
-        snapshot = [(module, id(module.weight) if is_plain_matrix(module) else None) for module in matrices]
-        for block in lm.model.layers:
-            snapshot += [block, block.mlp, *norm_parts(block.input_layernorm)]
-            snapshot += norm_parts(block.post_attention_layernorm)
-        snapshot += norm_parts(lm.model.norm)
-        if snapshot == self.snapshot and self.is_fresh():
-            return
-        self.forget()
-        self.snapshot = snapshot
-        plain = [module for module in matrices if is_plain_matrix(module)]
-        copies = self.kernel == "transposed" and 4 * sum(m.weight.numel() for m in plain) <= MAX_COPIED_BYTES
-        for module in plain if copies else []:
-            for parameter in module.parameters():
-                self.copied.append((parameter, parameter.data_ptr(), parameter._version))
-        build = transposed_product if copies else compiled_product if self.kernel == "compiled" else called_product
-        self.blocks = [DecodingBlock(block, build) for block in lm.model.layers]
-        self.final_norm = direct_norm(lm.model.norm)
-        self.head = product_of([lm.lm_head], build)
-        self.softcap = lm.config.final_logit_softcapping
-        self.num_ids = lm.config.unpadded_vocab_size
-
 
 class DecodingBlock:
     """`MiniGPTBlock` for one token a row: hidden states are (B, C)."""
 
-    def __init__(self, block: Module, build: Callable[[list[Module]], Product]):
+    def __init__(self, block: Module):
         attention = block.self_attn
-        self.block, self.attention, self.mlp = block, attention, block.mlp
         self.input_norm = direct_norm(block.input_layernorm)
         self.mlp_norm = direct_norm(block.post_attention_layernorm)
-        self.project_inputs = product_of([attention.q_proj, attention.k_proj, attention.v_proj], build)
-        self.project_output = product_of([attention.o_proj], build)
+        self.q, self.k, self.v, self.o = (
+            product_of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
         self.head_mask = None if attention.head_mask is None else torch.tensor(attention.head_mask)[:, None, None]
         self.pre_norm, self.residual = block.pre_norm, block.residual
         self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
         self.scaling, self.norm_eps = attention.scaling, attention.norm_eps
-        if self.mlp is not None:
-            self.act_fn = block.mlp.act_fn
-            self.up, self.down = product_of([block.mlp.up_proj], build), product_of([block.mlp.down_proj], build)
+        self.has_mlp = block.mlp is not None
+        if self.has_mlp:
+            self.act_fn, self.up, self.down = (
+                block.mlp.act_fn,
+                product_of(block.mlp.up_proj),
+                product_of(block.mlp.down_proj),
+            )
 
     def step(self, hidden_states, rotation, mask, cache: Cache) -> torch.Tensor:
         inputs = self.input_norm(hidden_states) if self.pre_norm else hidden_states
         hidden_states = self.join(hidden_states, self.attend(inputs, rotation, mask, cache), self.input_norm)
-        if self.mlp is None:
+        if not self.has_mlp:
             return hidden_states
         inputs = self.mlp_norm(hidden_states) if self.pre_norm else hidden_states
         return self.join(hidden_states, self.down(self.act_fn(self.up(inputs))), self.mlp_norm)
 
     def attend(self, inputs, rotation, mask, cache: Cache) -> torch.Tensor:
-        projected = self.project_inputs(inputs).view(inputs.shape[0], 3, -1, 1, self.head_dim)
-        query, key, value = projected.unbind(1)  # (B, H, 1, D)
+        shape = (inputs.shape[0], -1, 1, self.head_dim)
+        query = self.q(inputs).reshape(shape)  # (B, H, 1, D)
+        key = self.k(inputs).reshape(shape)
+        value = self.v(inputs).reshape(shape)
         if rotation is not None:
             query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
         if self.norm_eps is not None:
@@ -338,23 +293,12 @@ class DecodingBlock:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         if self.head_mask is not None:
             output = output * self.head_mask
-        return self.project_output(output.reshape(inputs.shape[0], -1))
+        return self.o(output.reshape(inputs.shape[0], -1))
 
     def join(self, hidden_states, branch, norm) -> torch.Tensor:
         if self.residual:
             branch = hidden_states + branch
         return branch if self.pre_norm else norm(branch)
-
-
-def linear_layers(block: Module) -> list[Module]:
-    attention, mlp = block.self_attn, block.mlp
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return layers if mlp is None else [*layers, mlp.up_proj, mlp.down_proj]
-
-
-def norm_parts(norm: Module) -> list[Any]:
-    """What `direct_norm` depends on, to be compared by identity."""
-    return [norm] if norm is None else [norm, is_bare(norm), *map(id, norm.parameters())]
 
 
 def direct_norm(norm: Module) -> Any:
@@ -365,43 +309,12 @@ def direct_norm(norm: Module) -> Any:
     return lambda inputs: torch.layer_norm(inputs, shape, weight, bias, eps)
 
 
-def product_of(modules: list[Module], build: Callable[[list[Module]], Product]) -> Product:
-    """One function from (B, C) to the outputs of `modules` side by side."""
-    return build(modules) if all(is_plain_matrix(module) for module in modules) else called_product(modules)
-
-
-def called_product(modules: list[Module]) -> Product:
-    def product(inputs: torch.Tensor) -> torch.Tensor:
+def product_of(module: Module) -> Product:
+    """A linear layer as a function from (B, I) to (B, O)."""
+    if not is_plain_matrix(module):
         # An adapter expects the dimension of positions.
-        inputs = inputs[:, None]
-        return torch.cat([module(inputs) for module in modules], dim=-1)[:, 0]
-
-    def one_product(inputs: torch.Tensor) -> torch.Tensor:
-        return modules[0](inputs[:, None])[:, 0]
-
-    return one_product if len(modules) == 1 else product
-
-
-def transposed_product(modules: list[Module]) -> Product:
-    """On a copy (I, O) of the weights side by side, which few rows multiply at close to the memory's speed."""
-    weight = torch.cat([module.weight for module in modules]).detach().t().contiguous()
-    if any(module.bias is None for module in modules):
-        assert all(module.bias is None for module in modules)
-        return lambda inputs: torch.mm(inputs, weight)
-    bias = torch.cat([module.bias for module in modules]).detach()
-    return lambda inputs: torch.addmm(bias, inputs, weight)
-
-
-def compiled_product(modules: list[Module]) -> Product:
-    """On the weights as they are, by a compiled kernel for one row; more rows go the ordinary way."""
-    several_rows = called_product(modules)
-    products = compiled_products()
-
-    def product(inputs: torch.Tensor) -> torch.Tensor:
-        if inputs.shape[0] > 1:
-            return several_rows(inputs)
-        has_bias = modules[0].bias is not None
-        biases = [module.bias for module in modules] if has_bias else None
-        return products(inputs, [module.weight for module in modules], biases)
-
-    return product
+        return lambda inputs: module(inputs[:, None])[:, 0]
+    # Looked up at each call, so that a weight may change; past the module, which takes twice as long to ask.
+    parameters = module._parameters
+    linear = F.linear if module.weight.numel() < SMALL_MATRIX else few_rows_linear
+    return lambda inputs: linear(inputs, parameters["weight"], parameters["bias"])

@@ -380,17 +380,6 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         self.decoding = Decoding()
         self.post_init()
 
-    def set_decoding(self, kernel: str) -> None:
-        """
-        How a token after the first is computed on the CPU; the text is the same.
-
-        Args:
-            kernel: "transposed" (from the start): on a transposed copy of the linear layers' weights, where they are
-                at most 1 GiB. "compiled": without a copy, at batch 1 by a kernel of `torch.compile`, which wants a C++
-                compiler and some seconds at the first token. "none": as any other input.
-        """
-        self.decoding = Decoding(kernel)
-
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):  # type: ignore[override]
         inputs = single_token_inputs(self, input_ids, **kwargs) if next_sequence_length == 1 else None

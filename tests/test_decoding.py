@@ -10,25 +10,11 @@ from torch import nn
 from transformers import DynamicCache
 
 import hf_minigpt.generation_minigpt as generation
+from hf_minigpt.functional_minigpt import few_rows_linear
 from hf_minigpt.generation_minigpt import Decoding, GrowingLayer, grow_in_place
 from hf_minigpt.quantization import Int8Linear, quantize_int8
 from test_generation import by_hand, greedy
 from tiny import SWITCHES, random_ids, tiny_model
-
-
-KERNELS = ["transposed", "compiled", "none"]
-
-
-@pytest.fixture(autouse=True)
-def products_without_compiling(monkeypatch, request):
-    """The loops that `compiled` compiles, as they are: a compiler takes longer than all these tests."""
-    if "slow" in request.keywords:
-        yield
-        return
-    monkeypatch.setattr(generation.torch, "compile", lambda function, **_: function)
-    generation.compiled_products.cache_clear()
-    yield
-    generation.compiled_products.cache_clear()
 
 
 @pytest.fixture
@@ -57,15 +43,27 @@ def step_logits(model, ids, mask=None):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("small_matrix", [0, 2**16])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_gives_the_logits_of_forward(name, kernel, rows, count_steps):
+def test_every_switch_gives_the_logits_of_forward(name, small_matrix, rows, count_steps, monkeypatch):
+    # at 0 all products take the way of large matrices
+    monkeypatch.setattr(generation, "SMALL_MATRIX", small_matrix)
     model = tiny_model(name)
-    model.set_decoding(kernel)
     ids = random_ids(rows, 9)
     expected = model(ids).logits[:, 2:]
     torch.testing.assert_close(step_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
-    assert count_steps() == (6 if kernel != "none" and name != "bigram" else 0)
+    assert count_steps() == (6 if name != "bigram" else 0)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (7, 5), (3, 5), (50257, 16)])
+@pytest.mark.parametrize("rows", [1, 2, 32])
+def test_few_rows_linear_is_linear(shape, rows):
+    inputs, weight, bias = torch.randn(rows, shape[1]), torch.randn(shape), torch.randn(shape[0])
+    for some_bias in (None, bias):
+        expected = torch.nn.functional.linear(
+            inputs.double(), weight.double(), None if some_bias is None else some_bias.double()
+        )
+        torch.testing.assert_close(few_rows_linear(inputs, weight, some_bias).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "transformer", "modern", "no_positions"])
@@ -102,8 +100,8 @@ def test_changed_weights_are_noticed_within_a_text():
         # the embedding is tied to the head: the ordinary way says what is right
         fast = model(ids[:, 4:5], past_key_values=cache).logits
         cache.crop(-1)
-        model.set_decoding("none")
-        slow = model(ids[:, 4:5], past_key_values=cache).logits
+        # not the step's
+        slow = model(ids[:, 4:5], past_key_values=cache, output_hidden_states=True).logits
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(fast, before)
 
@@ -170,26 +168,12 @@ def test_hidden_states_attentions_and_scores_of_generate():
 
 def test_a_copy_of_the_model_has_no_part_in_the_weights():
     model = tiny_model("gpt2")
-    model.set_decoding("compiled")
     ids = random_ids(1, 9)
     step_logits(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.decoding.kernel == "compiled" and not twin.decoding.blocks
+        assert not twin.decoding.blocks
         torch.nn.init.normal_(twin.lm_head.weight)
         torch.testing.assert_close(step_logits(twin, ids), twin(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
-
-
-def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ValueError, match="kernel='fast' is not known: choose one of transposed, compiled, none"):
-        tiny_model("gpt2").set_decoding("fast")
-
-
-def test_models_too_large_are_not_copied(monkeypatch):
-    monkeypatch.setattr(generation, "MAX_COPIED_BYTES", 1000)
-    model = tiny_model("gpt2")
-    ids = random_ids(1, 9)
-    torch.testing.assert_close(step_logits(model, ids), model(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
-    assert model.decoding.blocks and not model.decoding.copied
 
 
 @torch.no_grad()
@@ -269,13 +253,3 @@ def test_int8_refuses_what_it_cannot_do(tmp_path):
     assert not any(isinstance(module, Int8Linear) for module in hooked.modules())
     with pytest.raises(ValueError, match="cannot be saved"):
         quantize_int8(model).save_pretrained(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_compiled_kernel_writes_the_same():
-    for name in ("gpt2", "modern"):
-        model = tiny_model(name)
-        model.set_decoding("compiled")
-        ids = random_ids(1, 9)
-        torch.testing.assert_close(step_logits(model, ids), model(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
-        assert torch.equal(greedy(model, ids), by_hand(model, ids))

@@ -108,8 +108,8 @@ class DataArguments:
     rows: Literal["aligned", "continuous"] = field(
         default="continuous",
         metadata={
-            "help": "How training rows are cut: out of all documents one after the other, each token once an epoch; or "
-            "aligned, each row begins with a document and its end cuts one."
+            "help": "How training rows are cut: out of all documents one after the other, each token once an epoch; "
+            "or aligned, each row begins with a document and its end cuts one."
         },
     )
     streaming: bool = field(

@@ -150,7 +150,9 @@ def test_trainer_logs_tokens_and_held_out_metrics(corpus, model, tmp_path):
     # every matrix product of a token, counted by hand: forward 2, backward 4 times its parameters; attention's two
     # products over all keys
     config = trainer.model.config
-    matrices = config.num_hidden_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
+    matrices = config.num_hidden_layers * (
+        4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    )
     matrices += config.vocab_size * config.hidden_size
     flops = 6 * matrices + 6 * config.num_hidden_layers * 2 * config.hidden_size * CONTEXT
     for entry in losses:
