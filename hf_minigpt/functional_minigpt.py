@@ -1,5 +1,6 @@
 """The functions without parameters: positions, padding, and the losses. It travels with a checkpoint."""
 
+import functools
 import math
 
 import torch
@@ -19,7 +20,9 @@ MIN_CHUNK_ROWS = 512
 
 # `few_rows_linear` is the faster one up to so many rows, and from so many weights on.
 FEW_ROWS = 32
-SMALL_MATRIX = 2**16
+SMALL_MATRIX = 2**17
+# Outputs from which several rows are multiplied in blocks, which leaves each row's in one piece.
+LARGE_HEAD = 2**13
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -405,16 +408,29 @@ def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     with blocks of the matrix's rows it shares out among its threads as it should, and several rows are no trouble to
     it on the matrix's right.
     """
-    if inputs.shape[0] > 1:
-        outputs = torch.mm(weight, inputs.t()).t()
-    else:
-        num_blocks, width = 4, weight.shape[1]
-        whole = weight.shape[0] // num_blocks * num_blocks
-        column = inputs.t().expand(num_blocks, width, 1)
-        outputs = torch.bmm(weight[:whole].view(num_blocks, -1, width), column).view(1, whole)
-        if whole < weight.shape[0]:
-            outputs = torch.cat((outputs, inputs @ weight[whole:].t()), dim=1)
-    return outputs if bias is None else outputs + bias
+    num_outputs, width = weight.shape
+    num_rows = inputs.shape[0]
+    if num_rows > 1 and num_outputs < LARGE_HEAD:
+        if bias is None:
+            return torch.mm(weight, inputs.t()).t()
+        return torch.addmm(bias[:, None], weight, inputs.t()).t()
+    num_blocks = count_blocks(num_outputs, num_rows)
+    blocks = weight.view(num_blocks, -1, width)
+    if num_rows > 1:
+        outputs = torch.bmm(inputs.expand(num_blocks, num_rows, width), blocks.mT)
+        outputs = outputs.transpose(0, 1).reshape(num_rows, num_outputs)
+        return outputs if bias is None else outputs + bias
+    column = inputs.t().expand(num_blocks, width, 1)
+    if bias is None:
+        return torch.bmm(blocks, column).view(1, -1)
+    return torch.baddbmm(bias.view(num_blocks, -1, 1), blocks, column).view(1, -1)
+
+
+@functools.cache
+def count_blocks(num_outputs: int, num_rows: int) -> int:
+    """Equal blocks of a matrix's rows: four or a little more for one row, of some 2,000 for several; else one."""
+    smallest = 4 if num_rows == 1 else max(num_outputs // 2048, 1)
+    return next((n for n in range(smallest, 8 * smallest + 1) if num_outputs % n == 0), 1)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

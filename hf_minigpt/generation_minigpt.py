@@ -185,7 +185,9 @@ class Decoding:
         elif position_ids is None:
             assert attention_mask is not None
             position_ids = (attention_mask.long().sum(-1, keepdim=True) - 1).clamp(min=0)
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        mask = None
+        if attention_mask is not None and not attention_mask.all():
+            mask = attention_mask[:, None, None, :].bool()
 
         hidden_states = model.embed_tokens(input_ids)
         rotation = None
@@ -256,9 +258,8 @@ class DecodingBlock:
         attention = block.self_attn
         self.input_norm = direct_norm(block.input_layernorm)
         self.mlp_norm = direct_norm(block.post_attention_layernorm)
-        self.q, self.k, self.v, self.o = (
-            product_of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
+        self.project_inputs = joint_product_of([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.project_output = product_of(attention.o_proj)
         self.head_mask = None if attention.head_mask is None else torch.tensor(attention.head_mask)[:, None, None]
         self.pre_norm, self.residual = block.pre_norm, block.residual
         self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
@@ -280,10 +281,8 @@ class DecodingBlock:
         return self.join(hidden_states, self.down(self.act_fn(self.up(inputs))), self.mlp_norm)
 
     def attend(self, inputs, rotation, mask, cache: Cache) -> torch.Tensor:
-        shape = (inputs.shape[0], -1, 1, self.head_dim)
-        query = self.q(inputs).reshape(shape)  # (B, H, 1, D)
-        key = self.k(inputs).reshape(shape)
-        value = self.v(inputs).reshape(shape)
+        projected = self.project_inputs(inputs).reshape(inputs.shape[0], 3, -1, 1, self.head_dim)
+        query, key, value = projected.unbind(1)  # (B, H, 1, D)
         if rotation is not None:
             query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
         if self.norm_eps is not None:
@@ -293,7 +292,7 @@ class DecodingBlock:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         if self.head_mask is not None:
             output = output * self.head_mask
-        return self.o(output.reshape(inputs.shape[0], -1))
+        return self.project_output(output.reshape(inputs.shape[0], -1))
 
     def join(self, hidden_states, branch, norm) -> torch.Tensor:
         if self.residual:
@@ -318,3 +317,26 @@ def product_of(module: Module) -> Product:
     parameters = module._parameters
     linear = F.linear if module.weight.numel() < SMALL_MATRIX else few_rows_linear
     return lambda inputs: linear(inputs, parameters["weight"], parameters["bias"])
+
+
+def joint_product_of(modules: list[Module]) -> Product:
+    """Several linear layers of one input, their outputs side by side: small ones as one product, on a copy."""
+    is_small = all(is_plain_matrix(module) and module.weight.numel() < SMALL_MATRIX for module in modules)
+    if not is_small:
+        products = [product_of(module) for module in modules]
+        return lambda inputs: torch.cat([product(inputs) for product in products], dim=-1)
+    weights = [module.weight for module in modules]
+    biases = [module.bias for module in modules if module.bias is not None]
+    # Its weights as they were: a change of any shows in its version.
+    versions: list[int] = []
+    copies: list[torch.Tensor | None] = []
+
+    def product(inputs: torch.Tensor) -> torch.Tensor:
+        now = [weight._version for weight in weights] + [bias._version for bias in biases]
+        if now != versions:
+            versions[:] = now
+            bias = torch.cat(biases).detach() if biases else None
+            copies[:] = [torch.cat(weights).detach(), bias]
+        return F.linear(inputs, *copies)
+
+    return product

@@ -42,7 +42,6 @@ def write(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        min_new_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,
         pad_token_id=0,
     )
@@ -69,8 +68,9 @@ def measure(name: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]
         n_embd=width,
         n_head=num_heads,
         vocab_size=vocab_size,
-        bos_token_id=0,
-        eos_token_id=0,
+        # nothing ends a text before its 64 tokens
+        bos_token_id=None,
+        eos_token_id=None,
         initializer_range=0.2,
     )
     theirs = GPT2LMHeadModel(config).eval()
