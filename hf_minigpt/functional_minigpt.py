@@ -247,23 +247,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             padding = slice(num_ids, None)
 
         chunk_rows = max(min(chunk_rows, hidden.shape[0]), 1)
-        # Two buffers for all chunks: fresh ones would cost the system's zeroing of their pages each time.
-        buffer = torch.empty((chunk_rows, weight.shape[0]), dtype=sum_dtype, device=hidden.device)
-        capped = torch.empty_like(buffer) if softcap is not None else None
+        # Two buffers for all chunks: fresh ones would cost the system's zeroing of their pages each time. A compiler
+        # plans its memory itself, and would copy a buffer whenever a part of it is written to.
+        plans_memory = torch.compiler.is_compiling()
+        buffer = capped = None
+        if not plans_memory:
+            buffer = torch.empty((chunk_rows, weight.shape[0]), dtype=sum_dtype, device=hidden.device)
+            capped = torch.empty_like(buffer) if softcap is not None else None
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             inputs = hidden[rows].to(compute_dtype)
             target = targets[rows, None].clamp(min=0)
-            logits = buffer[: len(inputs)]
+            logits = None if plans_memory else buffer[: len(inputs)]
             if compute_dtype == sum_dtype:
-                torch.mm(inputs, head.t(), out=logits)  # (R, V)
+                logits = torch.mm(inputs, head.t(), out=logits)  # (R, V)
+            elif plans_memory:
+                logits = (inputs @ head.t()).to(sum_dtype)
             else:
                 logits.copy_(inputs @ head.t())
             if bias is not None:
                 logits += bias
             if softcap is not None:
-                tanh = torch.tanh(logits.div_(softcap), out=capped[: len(inputs)])
-                torch.mul(tanh, softcap, out=logits)
+                tanh = torch.tanh(logits.div_(softcap), out=None if plans_memory else capped[: len(inputs)])
+                logits = torch.mul(tanh, softcap, out=None if plans_memory else logits)
             if padding is not None:
                 logits[:, padding] = torch.finfo(logits.dtype).min
             if count_correct:
@@ -274,7 +280,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
 
             # In place, and row by row while a row is in the cache: the logits are read from memory twice.
-            log_probabilities = torch.log_softmax(logits, 1, out=logits)
+            log_probabilities = torch.log_softmax(logits, 1, out=None if plans_memory else logits)
             losses = -log_probabilities.gather(1, target)
             grad = log_probabilities.exp_()
             grad.scatter_add_(1, target, torch.full_like(losses, -1.0))
