@@ -1,6 +1,6 @@
 r"""
 Finetune a base model on instructions. Without arguments: a small base model is pretrained on the embedded tales, then
-taught to answer questions about them, on a laptop's CPU, without network, in under five minutes.
+taught to answer questions about them, on a laptop's CPU, without network, in about five minutes.
 
     accelerate launch recipes/sft.py
 
