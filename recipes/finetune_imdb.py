@@ -58,6 +58,7 @@ from hf_minigpt.training.classification_reporting import (
 )
 from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.training.sealing import check_resume
+from hf_minigpt.training.trainer import end_training
 
 
 def train(seed, output_dir, model_args, review_args, args, lora_args, splits) -> tuple[ClassificationTrainer, dict]:
@@ -158,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(f"\n{args.output_dir} holds the model, its tokenizer and code, README.md and two figures. Next:")
         print(f"  {ask_command(args.output_dir, lora_args, report.sample)}")
     push_run(args)
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end_training(trainer.accelerator, trainer)
     return metrics
 
 

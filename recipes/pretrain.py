@@ -65,7 +65,7 @@ from hf_minigpt.training.setup import (
     prepare_data,
     training_rows,
 )
-from hf_minigpt.training.trainer import LanguageModelTrainer
+from hf_minigpt.training.trainer import LanguageModelTrainer, end_training
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -135,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         print(f"  python recipes/generate.py {args.output_dir} --prompt {shlex.quote(' '.join(sample.split()[:2]))}")
     push_run(args)
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end_training(trainer.accelerator, trainer)
     return metrics
 
 

@@ -40,6 +40,7 @@ from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
 from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data, training_rows
 from hf_minigpt.training.signals import StopSignals
+from hf_minigpt.training.trainer import end_training
 
 
 Batch = dict[str, torch.Tensor]
@@ -182,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print(f"\n{args.output_dir} holds the model. Next:\n  python recipes/generate.py {args.output_dir}")
     push_run(args)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    del wrapped
+    end_training(accelerator)
     return results
 
 

@@ -55,6 +55,7 @@ from hf_minigpt.training.sft import (
     training_rows,
 )
 from hf_minigpt.training.sft_card import format_figures, save_sft_card, sft_report
+from hf_minigpt.training.trainer import end_training
 
 
 NUM_SAMPLES = 4
@@ -142,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         short = [f" --greedy --prompt {shlex.quote(prompt)}" for prompt in prompts if "\n" not in prompt]
         print(f"  python recipes/chat.py {args.output_dir}{short[0] if short else ''}")
     push_run(args)
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end_training(trainer.accelerator, trainer)
     return metrics
 
 

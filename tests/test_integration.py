@@ -124,6 +124,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import hf_minigpt
+from hf_minigpt.training.trainer import end_training
 
 folder, kind = sys.argv[1:3]
 size, accumulation, world = map(int, sys.argv[3:])
@@ -153,6 +154,8 @@ trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=
 trainer.train()
 print("eval", trainer.evaluate()["eval_loss"])
 trainer.save_model(f"{folder}/end_{world}")
+# a process that exits with its group alive is sometimes aborted
+end_training(trainer.accelerator, trainer)
 """
 
 

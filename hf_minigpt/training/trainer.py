@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import Trainer
 
 from ..data.rows import Rows
@@ -115,3 +116,16 @@ class LanguageModelTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""
+
+
+def end_training(accelerator: Accelerator, trainer: Trainer | None = None) -> None:
+    """The last thing a recipe does: wait for the other processes, end the tracking, leave the process group.
+
+    DDP's wrapper goes first. Freed later, it would be the group's last owner and join gloo's thread while it holds the
+    interpreter's lock, which that thread may be waiting for: the process would never end.
+    """
+    accelerator.wait_for_everyone()
+    if trainer is not None:
+        trainer.model_wrapped = trainer.model
+    accelerator.free_memory()
+    accelerator.end_training()

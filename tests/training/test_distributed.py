@@ -265,8 +265,6 @@ def fsdp(folder: Path) -> None:
             weights = get_model_state_dict(trained, options=options)
             if dist.get_rank() == 0:
                 torch.save(weights, output_dir / f"{name}.pt")
-    # not destroy_process_group, in which FSDP2's groups sometimes abort the process
-    dist.barrier()
 
 
 def test_fsdp2_is_one_process(folder):
@@ -337,3 +335,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     job, job_folder, *rest = sys.argv[1:]
     {"ddp": ddp, "killed": killed, "fsdp": fsdp}[job](Path(job_folder), *rest)
+    dist.barrier()
+    # a process that exits with its group alive is sometimes aborted, and one that destroys FSDP2's groups as well
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -37,6 +37,7 @@ from hf_minigpt.training.sft import (
     inherited_settings,
     prepare_for_chat,
 )
+from hf_minigpt.training.trainer import end_training
 from tiny import tiny_model
 
 
@@ -123,7 +124,7 @@ def test_a_pickle_from_elsewhere_is_not_run(tmp_path, monkeypatch):
 # Normalisation
 
 
-def train(folder: Path, name: str, size: int, accumulation: int) -> None:
+def train(folder: Path, name: str, size: int, accumulation: int) -> InstructionTrainer:
     """Two steps of plain gradient descent over the same records, however they are cut into batches."""
     model, tokenizer, _ = chat_model()
     args = SFTArguments(
@@ -157,6 +158,7 @@ def train(folder: Path, name: str, size: int, accumulation: int) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / f"{name}.json").write_text(json.dumps([losses, metrics["eval_loss"], metrics["eval_tokens"]]))
         torch.save(model.state_dict(), folder / f"{name}.pt")
+    return trainer
 
 
 def test_eight_is_four_times_two_is_two_processes(tmp_path):
@@ -343,4 +345,6 @@ def _saved(model, folder):
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), "processes", 2, 2)
+    finished = train(Path(sys.argv[1]), "processes", 2, 2)
+    # a process that exits with its group alive is sometimes aborted
+    end_training(finished.accelerator, finished)
