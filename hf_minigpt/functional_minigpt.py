@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def sinusoidal_embedding(position_ids: torch.Tensor, like: torch.Tensor) -> torc
 
 
 def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, past_length):
-    """What the attention interface wants besides causality: None, or a mask of padding and document borders."""
+    """What attention wants besides causality: None, a mask of padding and document borders, or the documents' lengths."""
     starts_empty = not torch.is_tensor(past_length) and past_length == 0
     if position_ids is None or inputs_embeds.shape[1] == 1 or not starts_empty:
         # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
@@ -51,6 +52,8 @@ def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_val
         document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
     if document_ids is None:
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+    if can_attend_by_document(config, inputs_embeds, attention_mask, past_key_values):
+        return document_lengths(document_ids)
     # create_causal_mask looks for documents only without a cache and without a mask: it has to be told of them.
     if past_key_values is not None:
         # The keys of a static cache are as many as it can hold.
@@ -63,6 +66,37 @@ def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_val
         past_key_values,
         and_mask_function=packed_sequence_mask_function(document_ids),
     )
+
+
+def can_attend_by_document(config, inputs_embeds, attention_mask, past_key_values) -> bool:
+    """On a CPU, where SDPA with a mask does the work of all the keys that it hides; on a GPU a call costs more."""
+    is_plain = attention_mask is None and past_key_values is None and config._attn_implementation == "sdpa"
+    return is_plain and inputs_embeds.device.type == "cpu" and not is_tracing(inputs_embeds)
+
+
+def document_lengths(document_ids: torch.Tensor) -> list[int]:
+    """Lengths of the documents in rows (B, T), the rows one after the other, from each position's document."""
+    is_first = F.pad(document_ids.diff(dim=-1) != 0, (1, 0), value=True).flatten()
+    starts = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel())
+    return starts.diff().tolist()
+
+
+def attend_by_document(attend: Callable, query, key, value, lengths: list[int]) -> torch.Tensor:
+    """Causal attention within documents.
+
+    Args:
+        attend: the attention interface, from query, key and value (1, H, length, D), without a mask.
+        query, key, value: (B, H, T, D).
+        lengths: of the documents, in sum B * T.
+
+    Returns:
+        (B, T, H, D)
+    """
+    batch_size, num_heads, length, head_dim = query.shape
+    # (B, T, H, D) is how they lie in memory: no copies
+    rows = (x.transpose(1, 2).reshape(1, -1, num_heads, head_dim).transpose(1, 2) for x in (query, key, value))
+    documents = zip(*(x.split(lengths, dim=2) for x in rows), strict=True)
+    return torch.cat([attend(*document, None)[0] for document in documents], dim=1).view(batch_size, length, num_heads, -1)
 
 
 def check_positions(position_ids: torch.Tensor, limit: int, past_length: int | torch.Tensor, given: bool) -> None:

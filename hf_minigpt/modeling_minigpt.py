@@ -8,7 +8,7 @@ length, S key length, C hidden size, H heads, D head_dim, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_minigpt import MiniGPTConfig
 from .functional_minigpt import (
     apply_rotary,
+    attend_by_document,
     auxiliary_lm_loss,
     build_mask,
     causal_lm_loss,
@@ -173,16 +174,12 @@ class MiniGPTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )  # (B, T, H, D)
+        dropout = self.dropout if self.training else 0.0
+        attend = partial(attention_interface, self, dropout=dropout, scaling=self.scaling, **kwargs)
+        if isinstance(attention_mask, list):
+            output, weights = attend_by_document(attend, query, key, value, attention_mask), None
+        else:
+            output, weights = attend(query, key, value, attention_mask)  # (B, T, H, D)
         if self.head_mask is not None:
             output = output * output.new_tensor(self.head_mask)[:, None]
         return self.o_proj(output.reshape(*input_shape, -1)), weights
