@@ -42,7 +42,7 @@ def sinusoidal_embedding(position_ids: torch.Tensor, like: torch.Tensor) -> torc
 
 
 def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values, past_length):
-    """What attention wants besides causality: None, a mask of padding and document borders, or the documents' lengths."""
+    """What attention wants besides causality: nothing, a mask of padding and documents, or the documents' lengths."""
     starts_empty = not torch.is_tensor(past_length) and past_length == 0
     if position_ids is None or inputs_embeds.shape[1] == 1 or not starts_empty:
         # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
@@ -96,7 +96,8 @@ def attend_by_document(attend: Callable, query, key, value, lengths: list[int]) 
     # (B, T, H, D) is how they lie in memory: no copies
     rows = (x.transpose(1, 2).reshape(1, -1, num_heads, head_dim).transpose(1, 2) for x in (query, key, value))
     documents = zip(*(x.split(lengths, dim=2) for x in rows), strict=True)
-    return torch.cat([attend(*document, None)[0] for document in documents], dim=1).view(batch_size, length, num_heads, -1)
+    outputs = torch.cat([attend(*document, None)[0] for document in documents], dim=1)
+    return outputs.view(batch_size, length, num_heads, head_dim)
 
 
 def check_positions(position_ids: torch.Tensor, limit: int, past_length: int | torch.Tensor, given: bool) -> None:

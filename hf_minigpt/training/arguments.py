@@ -106,10 +106,10 @@ class DataArguments:
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents that is held out."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out documents."})
     rows: Literal["aligned", "continuous"] = field(
-        default="continuous",
+        default="aligned",
         metadata={
-            "help": "How training rows are cut: out of all documents one after the other, each token once an epoch; "
-            "or aligned, each row begins with a document and its end cuts one."
+            "help": "How training rows are cut: aligned, each begins with a document and its end cuts one; or "
+            "continuous, out of all documents one after the other, each token once an epoch."
         },
     )
     streaming: bool = field(
@@ -193,7 +193,7 @@ class RecipeArguments(TrainingArguments):
             "help": "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw; trainer: what --optim says."
         },
     )
-    matrix_learning_rate: float = field(default=0.02, metadata={"help": "Learning rate of Muon's matrices."})
+    matrix_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of Muon's matrices."})
     embedding_learning_rate: float | None = field(
         default=None,
         metadata={

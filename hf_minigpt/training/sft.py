@@ -42,8 +42,9 @@ from .metrics import score_rows
 from .trainer import LanguageModelTrainer
 
 
-# The base model of a run without --model: the default of pretrain.py, which is long enough to learn who holds what.
-EMBEDDED_BASE_FLAGS: tuple[str, ...] = ()
+# The base model of a run without --model: pretrain.py's default, which is long enough to learn who holds what. What
+# it hangs on is written out, because the cached model is told by these flags.
+EMBEDDED_BASE_FLAGS: tuple[str, ...] = ("--rows", "aligned", "--matrix_learning_rate", "0.01")
 
 INHERITED = (
     *("optimizer", "learning_rate", "matrix_learning_rate", "embedding_learning_rate", "muon_scaling"),

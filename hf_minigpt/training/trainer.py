@@ -126,6 +126,6 @@ def end_training(accelerator: Accelerator, trainer: Trainer | None = None) -> No
     """
     accelerator.wait_for_everyone()
     if trainer is not None:
-        trainer.model_wrapped = trainer.model
+        trainer.model_wrapped = trainer.model  # type: ignore[assignment]
     accelerator.free_memory()
     accelerator.end_training()

@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 
-from time_to_loss import LEARNING_RATE, Race, add_arguments, held_out_loss
+from time_to_loss import LEARNING_RATES, Race, add_arguments, held_out_loss
 from transformers import TrainerCallback, set_seed
 
 from hf_minigpt.training.arguments import PretrainArguments, use_all_cores
@@ -62,12 +62,9 @@ def steps_to(race: Race, seed: int, target: float, fields: dict, flags: dict) ->
     model = race.build_ours(**fields)
     stop = StopAt(race, target, min(race.args.eval_rows, len(race.held_out)))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = race.arguments(folder, seed, race.args.max_steps) | {
-            "learning_rate": LEARNING_RATE,
-            "decay_fraction": 0.0,
-            "warmup_steps": 5,
-        }
-        training_args = PretrainArguments(**(arguments | flags))
+        arguments = race.arguments(folder, seed, race.args.max_steps) | LEARNING_RATES
+        constant = {"decay_fraction": 0.0, "warmup_steps": 5}
+        training_args = PretrainArguments(**(arguments | constant | flags))
         LanguageModelTrainer(
             model,
             training_args,

@@ -33,7 +33,7 @@ from hf_minigpt.training.trainer import LanguageModelTrainer
 
 PEER_LEARNING_RATES = (6e-4, 1e-3, 2e-3)
 # AdamW's, on the head: twice the recipes' default, chosen on another seed for schedules as short as these
-LEARNING_RATE = 1.6e-2
+LEARNING_RATES = {"learning_rate": 1.6e-2, "matrix_learning_rate": 2e-2}
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ class Race:
         set_seed(seed)
         model = self.build_ours()
         with tempfile.TemporaryDirectory() as folder:
-            training_args = PretrainArguments(**self.arguments(folder, seed, max_steps), learning_rate=LEARNING_RATE)
+            training_args = PretrainArguments(**self.arguments(folder, seed, max_steps), **LEARNING_RATES)
             trainer = LanguageModelTrainer(
                 model,
                 training_args,

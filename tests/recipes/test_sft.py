@@ -62,7 +62,7 @@ def test_an_assistant_that_answers_and_stops(base, records, folder, capsys):
     metrics = sft.main(flags(base, records, output, *more))
     out = capsys.readouterr().out
     assert "62 records, 2 left out (1 duplicate, 1 empty)" in out
-    assert "max_length=48" in out and "optimizer=muon" in out and "matrix_learning_rate=0.02" in out
+    assert "max_length=48" in out and "optimizer=muon" in out and "matrix_learning_rate=0.01" in out
     assert "\033[32m" in out and "<|endoftext|>\033[0m" in out
     assert metrics["eval_perplexity"] < 0.5 * metrics["before_perplexity"]
     assert metrics["eval_exact_match"] > 0.5 and metrics["eval_answers_ended"] == 1

@@ -104,7 +104,7 @@ def test_settings_are_handed_down(tmp_path):
     settings = inherited_settings(str(tmp_path), 0.5)
     assert settings["optimizer"] == "muon" and settings["weight_decay"] == 0.3 and settings["adam_beta2"] == 0.9
     assert settings["learning_rate"] == pytest.approx(5e-3)
-    assert settings["matrix_learning_rate"] == pytest.approx(1e-2)
+    assert settings["matrix_learning_rate"] == pytest.approx(5e-3)
     assert settings["embedding_learning_rate"] == pytest.approx(0.5 * 0.3 * 0.1)
     assert inherited_settings(str(tmp_path), 0.5, adapter=True)["optimizer"] == "adamw"
 

@@ -199,7 +199,7 @@ def test_learning_rates_go_down_linearly_over_the_decay(corpus, model, tmp_path)
     )
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
-    assert rates == pytest.approx([0.02] * 6 + [0.016, 0.012, 0.008, 0.004])
+    assert rates == pytest.approx([0.01] * 6 + [0.008, 0.006, 0.004, 0.002])
 
 
 def test_resuming_inside_an_epoch_goes_on_as_if_nothing_happened(corpus, model, tmp_path):
