@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,56 +142,87 @@ the same weights as the trunk of a classifier.
 """
 
 
-def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The metrics that `METRICS` knows, in its order: what they are called -> number as text."""
-    return {label: format(metrics[name], digits) for name, (label, digits) in METRICS.items() if name in metrics}
+def format_metrics(metrics: Mapping[str, float], known: Mapping[str, tuple[str, str]] = METRICS) -> dict[str, str]:
+    """The metrics that `known` names, in its order: what they are called -> number as text."""
+    return {label: format(metrics[name], digits) for name, (label, digits) in known.items() if name in metrics}
 
 
 def model_card(report: TrainingReport) -> ModelCard:
-    """The card of a trained model, with metadata that the Hub reads (model-index among them)."""
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Language modelling",
-            dataset_type=report.dataset if report.dataset_on_hub else "text",
-            dataset_name=f"{report.dataset}, held out",
-            metric_type=name,
-            metric_name=METRICS[name][0],
-            metric_value=float(report.metrics[name]),
-        )
-        for name in ("loss", "perplexity", "bits_per_byte", "accuracy")
-        # the Hub takes no infinity for a number
-        if math.isfinite(report.metrics.get(name, math.nan))
-    ]
-    card_data = ModelCardData(
-        model_name=report.name if results else None,
-        language=report.language,
-        license=report.license,
-        library_name="transformers",
+    """The card of a trained language model."""
+    return fill_card(
+        TEMPLATE,
+        report,
         pipeline_tag="text-generation",
-        tags=list(report.tags),
-        datasets=[report.dataset] if report.dataset_on_hub else None,
-        base_model=report.base_model,
-        eval_results=results or None,
-    )
-    shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
-    content = TEMPLATE.format(
-        metadata=card_data.to_yaml(),
-        name=report.name,
-        description=f"{report.description} {report.num_parameters / 1e6:.2f} million parameters: {shape}.",
-        metrics=_table("Figure", "Value", format_metrics(report.metrics)),
+        task_name="Language modelling",
+        split="held out",
+        known=METRICS,
+        results=("loss", "perplexity", "bits_per_byte", "accuracy"),
         plot=f"\n![Loss against tokens]({report.plot})\n" if report.plot else "",
         sample=report.sample.strip(),
         # longer than any in the text
         fence="`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", report.sample + "`"))),
         prompt=" ".join(report.sample.split()[:3]).replace('"', '\\"'),
-        data="\n".join(f"- {label}: {value}" for label, value in {"Corpus": report.dataset, **report.data}.items()),
+    )
+
+
+def fill_card(
+    template: str,
+    report: TrainingReport,
+    *,
+    pipeline_tag: str,
+    task_name: str,
+    split: str,
+    known: Mapping[str, tuple[str, str]],
+    results: Sequence[str],
+    **fields: str,
+) -> ModelCard:
+    """A card with metadata that the Hub reads (model-index among them).
+
+    Args:
+        split: which part of the data the metrics are of.
+        known: metrics that the card shows, as `METRICS`.
+        results: those that the metadata has as well.
+        fields: of the template, beside those that every report fills.
+    """
+    eval_results = [
+        EvalResult(
+            task_type=pipeline_tag,
+            task_name=task_name,
+            dataset_type=report.dataset if report.dataset_on_hub else "text",
+            dataset_name=f"{report.dataset}, {split}",
+            metric_type=name,
+            metric_name=known[name][0],
+            metric_value=float(report.metrics[name]),
+        )
+        for name in results
+        # the Hub takes no infinity for a number
+        if math.isfinite(report.metrics.get(name, math.nan))
+    ]
+    card_data = ModelCardData(
+        model_name=report.name if eval_results else None,
+        language=report.language,
+        license=report.license,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=list(report.tags),
+        datasets=[report.dataset] if report.dataset_on_hub else None,
+        base_model=report.base_model,
+        eval_results=eval_results or None,
+    )
+    shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
+    content = template.format(
+        metadata=card_data.to_yaml(),
+        name=report.name,
+        description=f"{report.description} {report.num_parameters / 1e6:.2f} million parameters: {shape}.",
+        metrics=_table("Figure", "Value", format_metrics(report.metrics, known)),
+        data=_bullets(f"{label}: {value}" for label, value in {"Corpus": report.dataset, **report.data}.items()),
         command=re.sub(r"(--hub_token[ =])\S+", r"\1...", report.command),
         training=f"{_minutes(report.seconds)} on {report.hardware}.",
         hyperparameters="\n".join(f"| `{name}` | {_cell(value)} |" for name, value in report.hyperparameters.items()),
-        intended_use="\n".join(f"- {sentence}" for sentence in report.intended_use),
-        limits="\n".join(f"- {limit}" for limit in report.limits),
+        intended_use=_bullets(report.intended_use),
+        limits=_bullets(report.limits),
         licence=LICENCES[report.license == "mit"],
+        **fields,
     )
     return ModelCard(content)
 
@@ -205,6 +236,10 @@ LICENCES = (
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"| {left} | {right} |", "|-|-|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _cell(value: object) -> str:

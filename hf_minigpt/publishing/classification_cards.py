@@ -1,15 +1,14 @@
 """Model cards of classifiers, whose numbers come from the run that made them."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from .cards import LICENCES, TrainingReport, _minutes, _table
+from .cards import TrainingReport, fill_card, format_metrics
 
 
-INTENDED_USE = (
+CLASSIFIER_USE = (
     "To sort texts like those it was trained on, in their language, and to study how a small model learns to.",
     "Not for texts of another kind without a test on some of them first, nor for decisions about people.",
 )
@@ -96,51 +95,21 @@ The code of the model lies beside its weights, hence `trust_remote_code=True`; w
 
 def format_classification_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
     """The metrics that `CLASSIFICATION_METRICS` knows, in its order: what they are called -> number as text."""
-    known = CLASSIFICATION_METRICS.items()
-    return {label: format(metrics[name], digits) for name, (label, digits) in known if name in metrics}
+    return format_metrics(metrics, CLASSIFICATION_METRICS)
 
 
 def classification_card(report: TrainingReport) -> ModelCard:
-    """The card of a classifier, with metadata that the Hub reads (model-index among them)."""
-    results = [
-        EvalResult(
-            task_type="text-classification",
-            task_name="Text classification",
-            dataset_type=report.dataset if report.dataset_on_hub else "text",
-            dataset_name=f"{report.dataset}, test",
-            metric_type=name,
-            metric_name=CLASSIFICATION_METRICS[name][0],
-            metric_value=float(report.metrics[name]),
-        )
-        for name in ("accuracy", "f1", "roc_auc", "calibration_error")
-    ]
-    card_data = ModelCardData(
-        model_name=report.name,
-        language=report.language,
-        license=report.license,
-        library_name="transformers",
+    """The card of a classifier."""
+    return fill_card(
+        TEMPLATE,
+        report,
         pipeline_tag="text-classification",
-        tags=list(report.tags),
-        datasets=[report.dataset] if report.dataset_on_hub else None,
-        base_model=report.base_model,
-        eval_results=results,
-    )
-    shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
-    content = TEMPLATE.format(
-        metadata=card_data.to_yaml(),
-        name=report.name,
-        description=f"{report.description} {report.num_parameters / 1e6:.2f} million parameters: {shape}.",
-        metrics=_table("Figure", "Value", format_classification_metrics(report.metrics)),
+        task_name="Text classification",
+        split="test",
+        known=CLASSIFICATION_METRICS,
+        results=("accuracy", "f1", "roc_auc", "calibration_error"),
         sample=" ".join(report.sample.split()).replace("\\", "").replace('"', "'"),
-        data="\n".join(f"- {label}: {value}" for label, value in {"Data": report.dataset, **report.data}.items()),
-        command=re.sub(r"(--hub_token[ =])\S+", r"\1...", report.command),
-        training=f"{_minutes(report.seconds)} on {report.hardware}.",
-        hyperparameters="\n".join(f"| `{name}` | {value} |" for name, value in report.hyperparameters.items()),
-        intended_use="\n".join(f"- {sentence}" for sentence in INTENDED_USE),
-        limits="\n".join(f"- {limit}" for limit in report.limits),
-        licence=LICENCES[report.license == "mit"],
     )
-    return ModelCard(content)
 
 
 def save_classification_card(report: TrainingReport, folder: str | Path) -> Path:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.reviews import LabelledTexts, ReviewRows, ReviewSplits
 from ..metrics import load_metric
 from ..publishing.cards import TrainingReport
-from ..publishing.classification_cards import CLASSIFICATION_METRICS
+from ..publishing.classification_cards import CLASSIFICATION_METRICS, CLASSIFIER_USE
 from ..publishing.classification_plots import plot_confusion_matrix, plot_reliability
 from .arguments import ModelArguments
 from .classification_arguments import ClassificationArguments, LoraArguments, ReviewArguments
@@ -169,6 +169,7 @@ def classification_report(
         metrics=figures | {"examples_per_second": metrics["train_examples_per_second"]},
         sample=splits.test.texts[0][:80],
         command=command,
+        intended_use=CLASSIFIER_USE,
         limits=LIMITS,
         license="mit" if review_args.dataset is None else "unknown",
         language="en" if review_args.dataset is None else None,
