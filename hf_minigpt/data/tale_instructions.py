@@ -33,11 +33,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a tale: its text, the world at its end, and what its things look like."""
+    """The beginning of a tale: its text, and the world at its end."""
 
     text: str
     world: World
-    looks: dict[str, str]
 
     @property
     def cast(self) -> tuple[str, ...]:
@@ -49,18 +48,6 @@ def _flat(facts: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(part for fact in facts.items() for part in fact)
 
 
-def read_excerpt(text: str) -> Excerpt:
-    """What the beginning of a tale tells."""
-    looks: dict[str, str] = {}
-    for sentence in tales.split_sentences(text):
-        match = tales.match_sentence(sentence)
-        assert match is not None, sentence
-        _, values = match
-        if "new_thing" in values:
-            looks[values["new_thing"]] = values["thing_adjective"]
-    return Excerpt(text, tales.parse(text).world, looks)
-
-
 def draw_excerpt(rng: random.Random) -> Excerpt:
     """The first sentences of a tale."""
     text = tales.generate_tale(rng).text
@@ -69,26 +56,12 @@ def draw_excerpt(rng: random.Random) -> Excerpt:
     end = 0
     for sentence in sentences[:num]:
         end = text.index(sentence, end) + len(sentence)
-    return read_excerpt(text[:end])
+    return Excerpt(text[:end], tales.parse(text[:end]).world)
 
 
 def _pick(options: Sequence[str], rng: random.Random) -> str:
     # random() is the one method whose stream Python promises to keep
     return options[int(rng.random() * len(options))]
-
-
-def _ask_trade(excerpt: Excerpt, rng: random.Random) -> Question:
-    person = _pick(excerpt.world.people, rng)
-    role = excerpt.world.roles[person]
-    text = _pick((f"Who is {person}?", f"Tell me who {person} is."), rng)
-    return Question(text, f"This is {person} the {role}.", ("trade", person, *excerpt.cast))
-
-
-def _ask_person(excerpt: Excerpt, rng: random.Random) -> Question:
-    person = _pick(excerpt.world.people, rng)
-    role = excerpt.world.roles[person]
-    text = _pick((f"Who is the {role}?", f"Tell me who the {role} is."), rng)
-    return Question(text, f"People call the {role} {person}.", ("person", role, *excerpt.cast))
 
 
 def _ask_place(excerpt: Excerpt, rng: random.Random) -> Question:
@@ -107,17 +80,31 @@ def _ask_thing(excerpt: Excerpt, rng: random.Random) -> Question:
     return Question(text, f"At last the {thing} {fate}.", combination)
 
 
-def _ask_look(excerpt: Excerpt, rng: random.Random) -> Question:
-    thing = _pick(excerpt.world.things, rng)
-    look = excerpt.looks[thing]
-    text = _pick((f"What is the {thing} like?", f"Tell me what the {thing} is like."), rng)
-    return Question(text, f"People call the {thing} {look}.", ("look", thing, *excerpt.cast, *_flat(excerpt.looks)))
-
-
 def _ask_people(excerpt: Excerpt, rng: random.Random) -> Question:
     people = [f"{person} the {role}" for person, role in excerpt.world.roles.items()]
     text = _pick(("Who is in the tale?", "Tell me who is in the tale."), rng)
     return Question(text, f"There are {' and '.join(people)}.", ("people", *excerpt.cast))
+
+
+def _ask_hero(excerpt: Excerpt, rng: random.Random) -> Question:
+    hero, role = next(iter(excerpt.world.roles.items()))
+    text = _pick(("Who is the tale about?", "Tell me whom the tale is about."), rng)
+    return Question(text, f"This is a tale of {hero} the {role}.", ("hero", *excerpt.cast))
+
+
+def _ask_homes(excerpt: Excerpt, rng: random.Random) -> Question:
+    # each person comes with a place; only then are there others
+    homes = tuple(zip(excerpt.world.people, excerpt.world.places, strict=False))
+    text = _pick(("Where do they live?", "Tell me where they live."), rng)
+    answer = " and ".join(f"{person} lived in a {place}" for person, place in homes)
+    return Question(text, f"{answer}.", ("homes", *(part for home in homes for part in home)))
+
+
+def _ask_things(excerpt: Excerpt, rng: random.Random) -> Question:
+    things = excerpt.world.things
+    text = _pick(("Which things are in the tale?", "Tell me which things are in the tale."), rng)
+    answer = " and ".join(f"a {thing}" for thing in things)
+    return Question(text, f"There are {answer}.", ("things", *things))
 
 
 def _ask_opening(rng: random.Random) -> Question:
@@ -146,14 +133,15 @@ def _ask_rewrite(rng: random.Random) -> Question:
 
 
 # What is asked about an excerpt, and what is asked without one. Answers have the tales' own turns of phrase where
-# there are any, and what decides a word stands right before it: two layers can look up no more.
+# there are any, and what decides a word stands right before it. Two layers learn no more in the time: asked who the
+# baker is, what Otto's trade is or what the lantern looks like, they stay at chance.
 ABOUT_A_TALE: dict[str, Callable[[Excerpt, random.Random], Question]] = {
-    "trade": _ask_trade,
-    "person": _ask_person,
-    "place": _ask_place,
-    "thing": _ask_thing,
-    "look": _ask_look,
+    "hero": _ask_hero,
     "people": _ask_people,
+    "homes": _ask_homes,
+    "place": _ask_place,
+    "things": _ask_things,
+    "thing": _ask_thing,
 }
 WITHOUT_A_TALE: dict[str, Callable[[random.Random], Question]] = {"opening": _ask_opening, "rewrite": _ask_rewrite}
 CATEGORIES = (*ABOUT_A_TALE, *WITHOUT_A_TALE)

@@ -114,7 +114,7 @@ class InstructionArguments:
     merge_lora: bool = field(default=False, metadata={"help": "Save base model and adapter as one model."})
 
     learning_rate_factor: float = field(
-        default=0.3, metadata={"help": "Inherited learning rates are the pretraining run's times this."}
+        default=0.5, metadata={"help": "Inherited learning rates are the pretraining run's times this."}
     )
     show_examples: int = field(
         default=0, metadata={"help": "Print so many records, trained tokens in green, and stop."}

@@ -361,22 +361,19 @@ TALE = (
     "drum in the tower."
 )
 ANSWERS = {
-    "Who is Anna?": "This is Anna the baker.",
-    "Who is Otto?": "This is Otto the sailor.",
-    "Who is the baker?": "People call the baker Anna.",
-    "Who is the sailor?": "People call the sailor Otto.",
+    "Who is the tale about?": "This is a tale of Anna the baker.",
+    "Who is in the tale?": "There are Anna the baker and Otto the sailor.",
+    "Where do they live?": "Anna lived in a mill and Otto lived in a barn.",
     "Where is Anna?": "Now Anna is in the mill.",
     "Where is Otto?": "Now Otto is in the tower.",
+    "Which things are in the tale?": "There are a key and a drum.",
     "Where is the key?": "At last the key belonged to Otto.",
     "Where is the drum?": "At last the drum stayed in the tower.",
-    "What is the key like?": "People call the key golden.",
-    "What is the drum like?": "People call the drum blue.",
-    "Who is in the tale?": "There are Anna the baker and Otto the sailor.",
 }
 
 
 def test_the_tales_answers_are_right():
-    excerpt = tale_instructions.read_excerpt(TALE)
+    excerpt = tale_instructions.Excerpt(TALE, tales.parse(TALE).world)
     rng = random.Random(0)
     found = {}
     for _ in range(400):
@@ -401,8 +398,8 @@ def test_tasks_without_a_tale_are_right():
 
 def test_held_out_combinations_are_not_trained():
     training = list(tale_instructions.training_records(400))
-    held_out = list(tale_instructions.held_out_records(80))
-    assert collections.Counter(r["category"] for r in held_out) == dict.fromkeys(tale_instructions.CATEGORIES, 10)
+    held_out = list(tale_instructions.held_out_records(120))
+    assert collections.Counter(r["category"] for r in held_out) == dict.fromkeys(tale_instructions.CATEGORIES, 15)
 
     def asked(record, turns):
         """Questions by what they turn on, read from the text: the people in the tale, and the answer."""
@@ -411,7 +408,7 @@ def test_held_out_combinations_are_not_trained():
         return {(cast, record["messages"][turn]["content"]) for turn in turns if len(cast) == 2}
 
     trained = set().union(*(asked(record, range(1, len(record["messages"]), 2)) for record in training))
-    kept = [record for record in held_out if record["category"] in ("trade", "person", "people")]
+    kept = [record for record in held_out if record["category"] in ("hero", "people")]
     combinations = set().union(*(asked(record, [-1]) for record in kept))
     assert len(combinations) > 20 and len(trained) > 400 and not trained & combinations
     # by their own account, too
