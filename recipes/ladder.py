@@ -14,10 +14,12 @@ text, on some rungs, with the article's two columns of hyperparameters:
     python recipes/ladder.py --config recipes/configs/baby_cpu.yaml
     python recipes/ladder.py --config recipes/configs/baby_gpu.yaml
 
-The rungs are `BABY_RUNGS` of hf_minigpt.presets. Their LayerNorm averages over the width; the hand-written one of the
-article averages over the batch, by which each text would know of the others.
+`--push_to_hub true` pushes the whole climb to one repository. The rungs are `BABY_RUNGS` of hf_minigpt.presets. Their
+LayerNorm averages over the width; the hand-written one of the article averages over the batch, by which each text
+would know of the others.
 """
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import RandomWindowRows
 from hf_minigpt.data.token_store import PreparedCorpus, prepare_corpus
 from hf_minigpt.presets import BABY_RUNGS, baby_rung
+from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import train_character_tokenizer
 from hf_minigpt.training.arguments import (
@@ -158,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Data: every character of the corpus is a token
     documents = open_documents(data_args)
+    prepare_push(args)
     tokenizer = train_character_tokenizer(documents, model_max_length=1)
     with args.main_process_first(desc="tokenizing"):
         corpus = prepare_corpus(
@@ -181,9 +185,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"{'rung':15} {'parameters':>12} {'training':>9} {'held out':>9} {'seconds':>8}")
     results: dict[str, dict[str, float]] = {}
     for name in rung_args.rungs:
-        args.output_dir = str(folder / name)
+        own_args = copy.copy(args)
+        own_args.output_dir, own_args.push_to_hub = str(folder / name), False
         config = baby_rung(name, rung_args.preset, **overrides)
-        rung = results[name] = climb(config, corpus, tokenizer, rung_args.eval_batches, args)
+        rung = results[name] = climb(config, corpus, tokenizer, rung_args.eval_batches, own_args)
         print(
             f"{name:15} {rung['parameters']:12,} {rung['eval_train_loss']:9.4f} {rung['eval_loss']:9.4f} "
             f"{rung['train_runtime']:8.0f}",
@@ -199,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         (folder / "all_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
         print(f"{folder} holds ladder.png, all_results.json and a model a rung. Next:")
         print(f"  python recipes/pictures.py {folder / name}")
+    push_run(args)
     return metrics
 
 

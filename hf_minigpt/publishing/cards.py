@@ -77,6 +77,36 @@ METRICS = {
     "tokens_per_second": ("Tokens per second in training", ",.0f"),
 }
 
+ORIGIN = """\
+## Data
+
+{data}
+
+## Training
+
+```bash
+{command}
+```
+
+{training}
+
+| Hyperparameter | Value |
+|-|-|
+{hyperparameters}
+
+## Intended use
+
+{intended_use}
+
+## Limits
+
+{limits}
+
+## Licence
+
+{licence}
+"""
+
 TEMPLATE = """\
 ---
 {metadata}
@@ -112,33 +142,6 @@ The code of the model lies beside its weights, hence `trust_remote_code=True`; w
 `import hf_minigpt` does instead. `AutoModelForSequenceClassification.from_pretrained("{name}", num_labels=2)` takes
 the same weights as the trunk of a classifier.
 
-## Data
-
-{data}
-
-## Training
-
-```bash
-{command}
-```
-
-{training}
-
-| Hyperparameter | Value |
-|-|-|
-{hyperparameters}
-
-## Intended use
-
-{intended_use}
-
-## Limits
-
-{limits}
-
-## Licence
-
-{licence}
 """
 
 
@@ -182,6 +185,7 @@ def fill_card(
         split: which part of the data the metrics are of.
         known: metrics that the card shows, as `METRICS`.
         results: those that the metadata has as well.
+        template: the card down to its data; how the model was made follows.
         fields: of the template, beside those that every report fills.
     """
     eval_results = [
@@ -210,7 +214,7 @@ def fill_card(
         eval_results=eval_results or None,
     )
     shape = ", ".join(f"{label} {value}" for label, value in report.architecture.items())
-    content = template.format(
+    content = (template + ORIGIN).format(
         metadata=card_data.to_yaml(),
         name=report.name,
         description=f"{report.description} {report.num_parameters / 1e6:.2f} million parameters: {shape}.",

@@ -63,33 +63,6 @@ print(classify("{sample}", truncation=True))
 The code of the model lies beside its weights, hence `trust_remote_code=True`; with `hf_minigpt` installed,
 `import hf_minigpt` does instead.
 
-## Data
-
-{data}
-
-## Training
-
-```bash
-{command}
-```
-
-{training}
-
-| Hyperparameter | Value |
-|-|-|
-{hyperparameters}
-
-## Intended use
-
-{intended_use}
-
-## Limits
-
-{limits}
-
-## Licence
-
-{licence}
 """
 
 

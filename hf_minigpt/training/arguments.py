@@ -289,21 +289,14 @@ class RecipeArguments(TrainingArguments):
 
 
 @dataclass
-class PretrainArguments(RecipeArguments):
-    """`RecipeArguments` with defaults for pretraining."""
+class LanguageModelArguments(RecipeArguments):
+    """`RecipeArguments` with what pretraining and instruction finetuning share."""
 
-    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
     per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
     per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
     num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
-    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
-    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
-    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
-    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
-    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
     include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
     eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
-    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
     save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
     save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
 
@@ -319,6 +312,19 @@ class PretrainArguments(RecipeArguments):
                 "shifts labels itself; these rows come with shifted labels, and no logits are built. Leave it out."
             )
         super().__post_init__()
+
+
+@dataclass
+class PretrainArguments(LanguageModelArguments):
+    """`LanguageModelArguments` with defaults for pretraining."""
+
+    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
+    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
+    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
+    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
+    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
+    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
+    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
 
 
 def parse(

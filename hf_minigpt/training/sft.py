@@ -36,7 +36,7 @@ from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..tokenization import add_chat_template, check_tokenizer_fits
-from .arguments import _HELP, DataArguments, PretrainArguments, RecipeArguments
+from .arguments import _HELP, DataArguments, LanguageModelArguments, PretrainArguments
 from .base_model import MULTIPLE
 from .metrics import score_rows
 from .trainer import LanguageModelTrainer
@@ -141,32 +141,12 @@ class InstructionArguments:
 
 
 @dataclass
-class SFTArguments(RecipeArguments):
-    """`RecipeArguments` with defaults for finetuning on instructions."""
+class SFTArguments(LanguageModelArguments):
+    """`LanguageModelArguments` with defaults for finetuning on instructions."""
 
     output_dir: str | None = field(default="runs/sft", metadata=_HELP["output_dir"])
-    per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
-    per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
-    num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
     warmup_steps: float = field(default=0.05, metadata=_HELP["warmup_steps"])
-    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
     eval_steps: float | None = field(default=0.25, metadata=_HELP["eval_steps"])
-    save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
-    save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
-
-    eval_max_rows: int | None = field(
-        default=128,
-        metadata={"help": "Held-out rows that evaluations during training read; the one at the end reads all."},
-    )
-
-    def __post_init__(self):
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor}: these rows come with shifted labels, which "
-                "the Trainer would shift again. Leave it out."
-            )
-        super().__post_init__()
 
 
 # What the base model hands down

@@ -167,6 +167,19 @@ def test_the_loop_pushes_too(hub, online, tmp_path, monkeypatch):
     assert not [path for path in repo.files if path.startswith(("_", "checkpoint-"))]
 
 
+def test_a_climb_is_pushed_whole(hub, online, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import ladder
+
+    output = tmp_path / "climb"
+    flags = ["--output_dir", str(output), "--cache_dir", str(tmp_path / "cache"), "--max_documents", "60"]
+    short = ["--max_steps", "2", "--eval_batches", "1", "--rungs", "bigram", "one-head", "--report_to", "none"]
+    ladder.main([*flags, *short, "--push_to_hub", "true", "--hub_token", TOKEN])
+    repo = hub.repos["models", "someone/climb"]
+    assert repo.messages == ["initial commit", "End of training"]
+    assert {"ladder.png", "bigram/model.safetensors", "one-head/config.json"} <= set(repo.files)
+
+
 def test_only_the_first_process_pushes_and_only_when_asked(hub, online, tmp_path):
     for path in ("config.json", "_run.lock", "checkpoint-3/optimizer.pt", "seed-1/_run.lock", "seed-1/loss.png"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
