@@ -104,7 +104,7 @@ def _ask_things(excerpt: Excerpt, rng: random.Random) -> Question:
     things = excerpt.world.things
     text = _pick(("Which things are in the tale?", "Tell me which things are in the tale."), rng)
     answer = " and ".join(f"a {thing}" for thing in things)
-    return Question(text, f"There are {answer}.", ("things", *things))
+    return Question(text, f"The tale has {answer}.", ("things", *things))
 
 
 def _ask_opening(rng: random.Random) -> Question:

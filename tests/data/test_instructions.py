@@ -366,7 +366,7 @@ ANSWERS = {
     "Where do they live?": "Anna lived in a mill and Otto lived in a barn.",
     "Where is Anna?": "Now Anna is in the mill.",
     "Where is Otto?": "Now Otto is in the tower.",
-    "Which things are in the tale?": "There are a key and a drum.",
+    "Which things are in the tale?": "The tale has a key and a drum.",
     "Where is the key?": "At last the key belonged to Otto.",
     "Where is the drum?": "At last the drum stayed in the tower.",
 }
