@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(f"\n{args.output_dir} holds the model, its tokenizer and code, README.md and two figures. Next:")
         print(f"  {ask_command(args.output_dir, lora_args, report.sample)}")
     push_run(args)
-    end_training(trainer.accelerator, trainer)
+    end_training(trainer.accelerator, trainer, found)
     return metrics
 
 

@@ -118,14 +118,16 @@ class LanguageModelTrainer(Trainer):
         """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""
 
 
-def end_training(accelerator: Accelerator, trainer: Trainer | None = None) -> None:
+def end_training(accelerator: Accelerator, *trainers: Trainer) -> None:
     """The last thing a recipe does: wait for the other processes, end the tracking, leave the process group.
 
-    DDP's wrapper goes first. Freed later, it would be the group's last owner and join gloo's thread while it holds the
-    interpreter's lock, which that thread may be waiting for: the process would never end.
+    DDP's wrappers, those of all trainers, go first. The last one to be freed later would be the group's last owner
+    and join gloo's thread while it holds the interpreter's lock, which that thread may be waiting for: the process
+    would never end.
     """
     accelerator.wait_for_everyone()
-    if trainer is not None:
+    for trainer in trainers:
         trainer.model_wrapped = trainer.model  # type: ignore[assignment]
+        trainer.accelerator.free_memory()
     accelerator.free_memory()
     accelerator.end_training()

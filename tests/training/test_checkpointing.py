@@ -45,6 +45,7 @@ from hf_minigpt.training.sealing import (
     verify_checkpoint,
 )
 from hf_minigpt.training.signals import StopSignals
+from hf_minigpt.training.trainer import end_training
 from tiny import tiny_config
 
 
@@ -921,8 +922,8 @@ def run_distributed(store, folder):
     again = make_trainer(store, folder / "run", max_steps=16)
     with pytest.raises(ValueError, match="earlier run"):
         train_safely(again)
+    end_training(again.accelerator, uninterrupted, stopped, resumed, again)
     print(f"rank {rank} done")
-    torch.distributed.destroy_process_group()
 
 
 def main(job, store_folder, output_dir, seconds_per_step="0"):
