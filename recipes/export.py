@@ -45,7 +45,7 @@ NEXT = {
     "nanochat": 'python recipes/generate.py {folder} --prompt "Once upon a time"',
     "onnx": "onnxruntime.InferenceSession('{folder}/model.onnx')",
     "torch-export": "torch.export.load('{folder}/model.pt2').module(check_guards=False)",
-    "gguf": "llama-cli -m {folder}/model.gguf -p 'Once upon a time'",
+    "gguf": "{folder}/model.gguf, in any program of llama.cpp",
 }
 
 

@@ -440,8 +440,8 @@ class InstructionCollator:
         pad_token_id: fills `input_ids`; the targets there are -100.
 
     Returns (from a call): `input_ids`, `labels`, `shift_labels`, all (B, T), int64; `labels` equal `shift_labels`,
-        which the model reads. If a row holds several conversations also `position_ids` (B, T), 0 for padding. No mask
-        of the padding: it comes last, and under causal attention nothing sees it.
+        which the model reads. If a row holds several conversations also `position_ids` (B, T), which start at 0 in the
+        padding, too. No mask of the padding: it comes last, and under causal attention nothing sees it.
     """
 
     pad_token_id: int
@@ -451,7 +451,12 @@ class InstructionCollator:
         shift_labels = pad_sequence([row["shift_labels"] for row in rows], True, padding_value=IGNORE_INDEX)
         batch = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
         if any((row["position_ids"][1:] == 0).any() for row in rows):
-            batch["position_ids"] = pad_sequence([row["position_ids"] for row in rows], True)
+            length = input_ids.shape[1]
+            # Padding is a document too, or a few, but not one a position: attention may be called for each. None is
+            # longer than a conversation, so that a learned table has a row for every position.
+            padding = torch.arange(length) % (1 + max(int(row["position_ids"].max()) for row in rows))
+            padded = [torch.cat((row["position_ids"], padding))[:length] for row in rows]
+            batch["position_ids"] = torch.stack(padded)
         return batch
 
 
