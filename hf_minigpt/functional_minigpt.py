@@ -1,6 +1,5 @@
 """The functions without parameters: positions, padding, and the losses. It travels with a checkpoint."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -14,16 +13,12 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from .products_minigpt import is_plain_linear, linear, onednn_linear, outer_product, takes_onednn
+
 
 # Logits held at one time, and the least rows, below which matrix products slow down.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 MIN_CHUNK_ROWS = 512
-
-# `few_rows_linear` is the faster one up to so many rows, and from so many weights on.
-FEW_ROWS = 32
-SMALL_MATRIX = 2**17
-# Outputs from which several rows are multiplied in blocks, which leaves each row's in one piece.
-LARGE_HEAD = 2**13
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -270,10 +265,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_grad = need_hidden or need_weight or need_bias
         head = weight.to(compute_dtype)
+        chunk_rows = max(min(chunk_rows, hidden.shape[0]), 1)
+        by_onednn = compute_dtype == hidden.dtype and takes_onednn(hidden[:chunk_rows], head)
         # Sums run in float32 at least, whatever the products run in.
         sum_dtype = torch.promote_types(compute_dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if need_weight and not by_onednn else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if need_bias else None
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -281,20 +278,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if num_ids is not None and num_ids < weight.shape[0]:
             padding = slice(num_ids, None)
 
-        chunk_rows = max(min(chunk_rows, hidden.shape[0]), 1)
         # Two buffers for all chunks: fresh ones would cost the system's zeroing of their pages each time. A compiler
         # plans its memory itself, and would copy a buffer whenever a part of it is written to.
         plans_memory = torch.compiler.is_compiling()
+        shape = (chunk_rows, weight.shape[0])
         buffer = capped = None
-        if not plans_memory:
-            buffer = torch.empty((chunk_rows, weight.shape[0]), dtype=sum_dtype, device=hidden.device)
-            capped = torch.empty_like(buffer) if softcap is not None else None
+        if not plans_memory and not by_onednn:
+            buffer = torch.empty(shape, dtype=sum_dtype, device=hidden.device)
+        if not plans_memory and softcap is not None:
+            capped = torch.empty(shape, dtype=sum_dtype, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             inputs = hidden[rows].to(compute_dtype)
             target = targets[rows, None].clamp(min=0)
-            logits = None if plans_memory else buffer[: len(inputs)]
-            if compute_dtype == sum_dtype:
+            logits = None if plans_memory or by_onednn else buffer[: len(inputs)]
+            if by_onednn:
+                logits = onednn_linear(inputs, head)
+            elif compute_dtype == sum_dtype:
                 logits = torch.mm(inputs, head.t(), out=logits)  # (R, V)
             elif plans_memory:
                 logits = (inputs @ head.t()).to(sum_dtype)
@@ -332,13 +332,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(0) if row_weights is None else (row_weight.to(sum_dtype) * grad).sum(0)
             grad = grad.to(compute_dtype)
             if need_hidden:
-                chunk = grad @ head
+                chunk = linear(grad, head.t())
                 grad_hidden[rows] = chunk if row_weights is None else chunk * row_weight
             if need_weight:
-                if compute_dtype == sum_dtype:
+                if by_onednn:
+                    # the sum keeps the strides of the first, which the others have too
+                    product = outer_product(grad, inputs)
+                    grad_weight = product if start == 0 else grad_weight.add_(product)
+                elif compute_dtype == sum_dtype:
                     grad_weight.addmm_(grad.t(), inputs, beta=float(start > 0))
                 else:
                     grad_weight += grad.t() @ inputs
+        if grad_weight is not None:
+            # once here rather than wherever it is added to another
+            grad_weight = grad_weight.contiguous()
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(*(t for t in (grad_hidden, grad_weight, grad_bias) if t is not None))
         ctx.mark_non_differentiable(num_correct)
@@ -438,53 +445,6 @@ def causal_lm_loss_without_logits(
         num_ids=num_ids,
         ignore_index=ignore_index,
         count_correct=count_correct,
-    )
-
-
-def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """
-    `F.linear` of a few rows (B, I) with a large matrix (O, I) in float32 on a CPU, near its memory's speed: (B, O).
-
-    MKL reads the matrix at half that speed or less for one row, and again for each further one. A batch of products
-    with blocks of the matrix's rows it shares out among its threads as it should, and several rows are no trouble to
-    it on the matrix's right.
-    """
-    num_outputs, width = weight.shape
-    num_rows = inputs.shape[0]
-    if num_rows > 1 and num_outputs < LARGE_HEAD:
-        if bias is None:
-            return torch.mm(weight, inputs.t()).t()
-        return torch.addmm(bias[:, None], weight, inputs.t()).t()
-    num_blocks = count_blocks(num_outputs, num_rows)
-    blocks = weight.view(num_blocks, -1, width)
-    if num_rows > 1:
-        outputs = torch.bmm(inputs.expand(num_blocks, num_rows, width), blocks.mT)
-        outputs = outputs.transpose(0, 1).reshape(num_rows, num_outputs)
-        return outputs if bias is None else outputs + bias
-    column = inputs.t().expand(num_blocks, width, 1)
-    if bias is None:
-        return torch.bmm(blocks, column).view(1, -1)
-    return torch.baddbmm(bias.view(num_blocks, -1, 1), blocks, column).view(1, -1)
-
-
-@functools.cache
-def count_blocks(num_outputs: int, num_rows: int) -> int:
-    """Equal blocks of a matrix's rows: four or a little more for one row, of some 2,000 for several; else one."""
-    smallest = 4 if num_rows == 1 else max(num_outputs // 2048, 1)
-    return next((n for n in range(smallest, 8 * smallest + 1) if num_outputs % n == 0), 1)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """
-    Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.
-
-    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks.
-    """
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
     )
 
 

@@ -17,16 +17,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_tracing
 
-from .functional_minigpt import (
-    FEW_ROWS,
-    SMALL_MATRIX,
-    apply_rotary,
-    check_positions,
-    few_rows_linear,
-    finish_logits,
-    is_plain_linear,
-    sinusoidal_embedding,
-)
+from .functional_minigpt import apply_rotary, check_positions, finish_logits, sinusoidal_embedding
+from .products_minigpt import FEW_ROWS, SMALL_MATRIX, few_rows_linear, is_plain_linear
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -43,10 +43,10 @@ from .functional_minigpt import (
     divide,
     find_text,
     finish_logits,
-    is_plain_linear,
     sinusoidal_embedding,
 )
 from .generation_minigpt import Decoding, grow_in_place, single_token_inputs
+from .products_minigpt import MiniGPTLinear, is_plain_linear
 
 
 class MiniGPTRMSNorm(nn.Module):
@@ -72,7 +72,7 @@ def build_norm(config: MiniGPTConfig) -> nn.Module:
 
 def build_linear(in_features: int, out_features: int, bias: bool, initial_std: float) -> nn.Linear:
     """A linear layer that `_init_weights` starts at a standard deviation of its own."""
-    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear = MiniGPTLinear(in_features, out_features, bias=bias)
     linear.initial_std = initial_std  # type: ignore[assignment]
     return linear
 
@@ -144,9 +144,9 @@ class MiniGPTAttention(nn.Module):
         self.head_mask = config.head_mask[layer_idx] if config.head_mask is not None else None
 
         inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.q_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.k_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.v_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
         self.o_proj = build_linear(inner_size, config.hidden_size, config.attention_out_bias, branch_std(config))
 
     def forward(
@@ -188,7 +188,7 @@ class MiniGPTAttention(nn.Module):
 class MiniGPTMLP(nn.Module):
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = MiniGPTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = build_linear(
             config.intermediate_size, config.hidden_size, config.mlp_bias, branch_std(config)
         )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .functional_minigpt import is_plain_linear
+from .products_minigpt import is_plain_linear
 
 
 class Int8Linear(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import hf_minigpt.generation_minigpt as generation
-from hf_minigpt.functional_minigpt import few_rows_linear
 from hf_minigpt.generation_minigpt import Decoding, GrowingLayer, grow_in_place
+from hf_minigpt.products_minigpt import few_rows_linear
 from hf_minigpt.quantization import Int8Linear, quantize_int8
 from test_generation import by_hand, greedy
 from tiny import SWITCHES, random_ids, tiny_model

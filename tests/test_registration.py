@@ -24,7 +24,7 @@ from test_generation import tiny_tokenizer
 from tiny import random_ids, tiny_config, tiny_model
 
 
-CODE = {"configuration_minigpt.py", "modeling_minigpt.py", "functional_minigpt.py", "generation_minigpt.py"}
+CODE = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}
 
 # First thing in a process: the package cannot be found, as on a machine where it was never installed.
 WITHOUT_THE_PACKAGE = """

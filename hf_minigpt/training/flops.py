@@ -1,10 +1,12 @@
 """How many floating-point operations training takes, and how many a device does in a second."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from ..configuration_minigpt import MiniGPTConfig
+from ..products_minigpt import linear
 
 
 # Dense bf16 / fp16 tensor-core FLOP/s of the vendor's data sheets, by part of the device's name.
@@ -33,16 +35,20 @@ def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: 
 
 
 def measure_flops_per_second(
-    device: torch.device, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float = 1.0,
+    size: int | None = None,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear,
 ) -> float:
-    """Rate of a large square matrix product on a device; `size` is its side."""
+    """Rate of a large square matrix product on a device, by default as the model computes it; `size` is its side."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    torch.mm(a, b)
+    product(a, b)
     _synchronize(device)
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        torch.mm(a, b)
+        product(a, b)
         _synchronize(device)
         products += 1
     return 2 * size**3 * products / (time.perf_counter() - start)

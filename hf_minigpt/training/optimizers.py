@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
+from ..products_minigpt import batched_product
+
 
 # Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon): steepest at zero, and all
 # singular values end between 0.7 and 1.2 or so.
@@ -42,10 +44,10 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     # Twice as wide as high, the iteration on x x^T takes half the time; bfloat16 is too coarse for it.
     if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
-        x = _polynomial_of_gram(x, steps) @ x
+        x = batched_product(_polynomial_of_gram(x, steps), x)
     else:
         for _ in range(steps):
-            x = torch.baddbmm(x, _quintic(x @ x.mT), x, beta=NEWTON_SCHULZ[0])
+            x = batched_product(_quintic(batched_product(x, x.mT)), x).add_(x, alpha=NEWTON_SCHULZ[0])
     x = x.reshape(*shape[:-2], *x.shape[-2:])
     return x.mT if transposed else x
 
@@ -53,7 +55,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def _quintic(gram: torch.Tensor) -> torch.Tensor:
     """b G + c G^2: with a I it is what one iteration multiplies x by, where G = x x^T."""
     _, b, c = NEWTON_SCHULZ
-    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return batched_product(gram, gram).mul_(c).add_(gram, alpha=b)
 
 
 def _polynomial_of_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
@@ -61,14 +63,14 @@ def _polynomial_of_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
 
     With P = a I + b G + c G^2, which commutes with G, the next x is P x and the next G is P G P.
     """
-    gram = x @ x.mT
+    gram = batched_product(x, x.mT)
     factors: list[torch.Tensor] = []
     for _ in range(steps):
         if factors:
-            gram = factors[-1] @ gram @ factors[-1]
+            gram = batched_product(batched_product(factors[-1], gram), factors[-1])
         factors.append(_quintic(gram))
         factors[-1].diagonal(dim1=-2, dim2=-1).add_(NEWTON_SCHULZ[0])
-    return reduce(torch.matmul, factors)
+    return reduce(batched_product, factors)
 
 
 class MuonAdamW(torch.optim.Optimizer):

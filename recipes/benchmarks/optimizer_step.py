@@ -2,10 +2,10 @@
 
     python recipes/benchmarks/optimizer_step.py
 
-For the matrices of 6 layers x 384 (`--layers`, `--width`, `--vocab_size`): the bare batched products, into memory
-that is there already, against the whole step with momentum, normalisation, updates and AdamW on the rest; in turn. The
-last line printed is a JSON object: `ratios.gemm_floor` is products over step, and `share_of_step` the optimizer's
-share of a training step of 16,384 tokens, forward and backward pass timed here too.
+For the matrices of 6 layers x 384 (`--layers`, `--width`, `--vocab_size`): the bare batched products against
+the whole step with momentum, normalisation, updates and AdamW on the rest; in turn. The last line printed is a JSON
+object: `ratios.gemm_floor` is products over step, and `share_of_step` the optimizer's share of a training step of
+16,384 tokens, forward and backward pass timed here too.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from peers import alternate
 
 from hf_minigpt import MiniGPTForCausalLM, preset
+from hf_minigpt.products_minigpt import batched_product
 from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.optimizers import hidden_matrices, muon_adamw
 
@@ -45,21 +46,21 @@ def products(shapes: Counter, steps: int = 5) -> Callable[[], None]:
         wide = torch.randn(number, short, long, **options)
         square = torch.randn(number, short, short, **options)
         by_gram = not half and long >= 2 * short
-        jobs.append((wide, square, torch.empty_like(wide), torch.empty_like(square), by_gram))
+        jobs.append((wide, square, by_gram))
 
     def run() -> None:
-        for wide, square, wide_out, square_out, by_gram in jobs:
+        for wide, square, by_gram in jobs:
             if by_gram:
-                torch.bmm(wide, wide.mT, out=square_out)
+                batched_product(wide, wide.mT)
                 # a polynomial each; between two of them the next Gram matrix and their product
                 for _ in range(steps + 3 * (steps - 1)):
-                    torch.bmm(square, square, out=square_out)
-                torch.bmm(square, wide, out=wide_out)
+                    batched_product(square, square)
+                batched_product(square, wide)
             else:
                 for _ in range(steps):
-                    torch.bmm(wide, wide.mT, out=square_out)
-                    torch.bmm(square, square, out=square_out)
-                    torch.bmm(square, wide, out=wide_out)
+                    batched_product(wide, wide.mT)
+                    batched_product(square, square)
+                    batched_product(square, wide)
 
     return run
 

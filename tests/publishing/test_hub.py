@@ -118,7 +118,7 @@ def test_a_run_goes_to_the_hub_and_works_where_the_package_is_not(hub, tmp_path)
     assert f"Pushed to {hub.url}/someone/tiny" in printed
 
     repo = hub.repos["models", "someone/tiny"]
-    code = {"configuration_minigpt.py", "modeling_minigpt.py", "functional_minigpt.py"}
+    code = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}
     files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert code | files | {"README.md", "loss.png", "all_results.json"} <= set(repo.files)
     assert not [path for path in repo.files if path.startswith(("_", "checkpoint-"))]

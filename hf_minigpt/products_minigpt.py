@@ -1,0 +1,173 @@
+"""
+Matrix products on a CPU, by whichever of PyTorch's libraries does them faster. It travels with a checkpoint.
+
+PyTorch multiplies float32 by MKL, which on AMD's processors leaves the 512-bit vectors unused; oneDNN, which PyTorch
+brings along for its compiler, uses them, and takes half the time. For a token or a few, where a product costs the
+time of reading the matrix, MKL has to be asked in the right way.
+"""
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# Below so many rows or multiplications oneDNN's calls cost more than they save.
+MIN_ROWS = 8
+MIN_MULTIPLICATIONS = 2**21
+
+# `few_rows_linear` is the faster one up to so many rows, and from so many weights on.
+FEW_ROWS = 32
+SMALL_MATRIX = 2**17
+# Outputs from which several rows are multiplied in blocks, which leaves each row's in one piece.
+LARGE_HEAD = 2**13
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether this machine's float32 products are faster in oneDNN: an AMD processor with AVX-512, and MKL."""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not has_both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor()
+
+
+def processor() -> str:
+    """What the system says of its processor, with its maker's name."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+            return file.read(4096)
+    except OSError:
+        return platform.processor()
+
+
+def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """
+    Whether `linear` of inputs (..., I) and weight (O, I) is oneDNN's: plain and large float32 matrices, and nothing
+    that knows `F.linear` only. `torch.backends.mkldnn.flags(enabled=False)` makes it False.
+    """
+    return (
+        # a tracer may not know the sizes, and shall not learn of this machine
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and prefers_onednn()
+        # neither a tracer's nor a shard's
+        and type(inputs) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and inputs.numel() >= MIN_ROWS * inputs.shape[-1]
+        and inputs.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` in oneDNN, whatever the sizes and strides; no gradient flows through it."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.save_for_backward(inputs, weight)
+        return onednn_linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_inputs = linear(grad, weight.t()) if needs_inputs else None
+        grad_weight = grad_bias = None
+        if needs_weight or needs_bias:
+            grad = grad.reshape(-1, grad.shape[-1])
+        if needs_weight:
+            grad_weight = outer_product(grad, inputs.reshape(-1, inputs.shape[-1]))
+        if needs_bias:
+            grad_bias = grad.sum(0)
+        return grad_inputs, grad_weight, grad_bias
+
+
+def outer_product(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The gradient (O, I) of a weight: grad (N, O), transposed, times inputs (N, I)."""
+    # oneDNN copies the first factor to transpose it: the smaller one. Then the result lies in memory as (I, O).
+    if grad.shape[1] > inputs.shape[1]:
+        return linear(inputs.t(), grad.t()).t()
+    return linear(grad.t(), inputs.t())
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` of inputs (..., I), a weight (O, I) and a bias (O,) or None: (..., O)."""
+    if not takes_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNNLinear.apply(inputs, weight, bias)
+    return onednn_linear(inputs, weight, bias)
+
+
+def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` of stacks of matrices (N, R, K) and (N, K, C): (N, R, C)."""
+    if not takes_onednn(left[0], right[0].mT):
+        return left @ right
+    return torch.stack([linear(a, b.mT) for a, b in zip(left, right, strict=True)])
+
+
+class MiniGPTLinear(nn.Linear):
+    """`nn.Linear`, its product by `linear`."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """
+    Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.
+
+    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks.
+    """
+    return (
+        type(module) in (nn.Linear, MiniGPTLinear)
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    `F.linear` of a few rows (B, I) with a large matrix (O, I) in float32 on a CPU, near its memory's speed: (B, O).
+
+    MKL reads the matrix at half that speed or less for one row, and again for each further one. A batch of products
+    with blocks of the matrix's rows it shares out among its threads as it should, and several rows are no trouble to
+    it on the matrix's right.
+    """
+    num_outputs, width = weight.shape
+    num_rows = inputs.shape[0]
+    if num_rows >= MIN_ROWS and takes_onednn(inputs, weight):
+        return onednn_linear(inputs, weight, bias)
+    if num_rows > 1 and num_outputs < LARGE_HEAD:
+        if bias is None:
+            return torch.mm(weight, inputs.t()).t()
+        return torch.addmm(bias[:, None], weight, inputs.t()).t()
+    num_blocks = count_blocks(num_outputs, num_rows)
+    blocks = weight.view(num_blocks, -1, width)
+    if num_rows > 1:
+        outputs = torch.bmm(inputs.expand(num_blocks, num_rows, width), blocks.mT)
+        outputs = outputs.transpose(0, 1).reshape(num_rows, num_outputs)
+        return outputs if bias is None else outputs + bias
+    column = inputs.t().expand(num_blocks, width, 1)
+    if bias is None:
+        return torch.bmm(blocks, column).view(1, -1)
+    return torch.baddbmm(bias.view(num_blocks, -1, 1), blocks, column).view(1, -1)
+
+
+@functools.cache
+def count_blocks(num_outputs: int, num_rows: int) -> int:
+    """Equal blocks of a matrix's rows: four or a little more for one row, of some 2,000 for several; else one."""
+    smallest = 4 if num_rows == 1 else max(num_outputs // 2048, 1)
+    return next((n for n in range(smallest, 8 * smallest + 1) if num_outputs % n == 0), 1)

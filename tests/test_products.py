@@ -1,0 +1,163 @@
+"""The matrix products are `F.linear`, whichever library does them, and leave alone what only `F.linear` can do."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_minigpt import products_minigpt as products
+from hf_minigpt.functional_minigpt import linear_cross_entropy
+from tiny import SWITCHES, gradients, random_ids, tiny_model
+
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch is built without oneDNN"
+)
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Give oneDNN everything that it can do, whatever the processor and the sizes. Returns the products it did."""
+    calls = []
+    run = products.onednn_linear
+
+    def counted(inputs, weight, bias=None):
+        calls.append((tuple(inputs.shape), tuple(weight.shape)))
+        return run(inputs, weight, bias)
+
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "MIN_ROWS", 1)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
+    for module in (products, __import__("hf_minigpt.functional_minigpt", fromlist=["x"])):
+        monkeypatch.setattr(module, "onednn_linear", counted)
+    return calls
+
+
+def operands(shape, num_outputs, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [(*shape,), (num_outputs, shape[-1]), (num_outputs,)]
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in tensors]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape, num_outputs", [((5, 3), 7), ((2, 9, 8), 3), ((2, 3, 4, 16), 16), ((1, 6), 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_of_any_order(shape, num_outputs, bias, onednn):
+    def derivatives(linear, dtype):
+        inputs, weight, offset = operands(shape, num_outputs, dtype)
+        wanted = (inputs, weight, offset) if bias else (inputs, weight)
+        output = linear(inputs, weight, offset if bias else None)
+        first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), wanted)
+        return output, *first, *second
+
+    actual = derivatives(products.linear, torch.float32)
+    assert len(onednn) >= 3
+    for a, b in zip(actual, derivatives(F.linear, torch.float64), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4 * b.abs().max().item())
+
+
+@needs_onednn
+def test_operands_of_any_strides(onednn):
+    inputs, weight, bias = (tensor.detach() for tensor in operands((6, 10), 12))
+    for x, w in [
+        (inputs.t().contiguous().t(), weight),
+        (inputs[:, ::2], weight[:, ::2]),
+        (inputs.t(), weight.t()[:, :6]),
+    ]:
+        b = bias[: w.shape[0]]
+        expected = F.linear(x.double(), w.double(), b.double())
+        torch.testing.assert_close(products.linear(x, w, b).double(), expected, rtol=1e-5, atol=1e-5)
+    assert len(onednn) == 3
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name != "bigram"])
+def test_model_on_onednn_is_the_model(name, onednn):
+    ids = random_ids(3, 9)
+    expected = tiny_model(name).train()
+    with torch.backends.mkldnn.flags(enabled=False):
+        loss = expected(ids, labels=ids).loss
+        loss.backward()
+    assert not onednn
+    model = tiny_model(name).train()
+    actual = model(ids, labels=ids).loss
+    actual.backward()
+    assert len(onednn) > 3 * len(model.model.layers)
+    torch.testing.assert_close(actual, loss, rtol=1e-5, atol=1e-5)
+    expected_gradients = gradients(expected)
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
+    from hf_minigpt import functional_minigpt
+
+    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(functional_minigpt, "MIN_CHUNK_ROWS", 4)
+    hidden, weight, bias = operands((11, 8), 13)
+    targets = torch.arange(11)
+    loss, hits = linear_cross_entropy(hidden, weight, bias, targets, softcap=5.0, num_ids=12, count_correct=True)
+    actual = torch.autograd.grad(loss, (hidden, weight, bias))
+    # three chunks of three products
+    assert len(onednn) == 9
+    hidden, weight, bias = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias))
+    logits = (5 * torch.tanh(F.linear(hidden, weight, bias) / 5))[:, :12]
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert hits == (logits.argmax(1) == targets).sum()
+    for a, b in zip(actual, torch.autograd.grad(expected, (hidden, weight, bias)), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_leaves_alone_what_it_cannot_do(onednn):
+    inputs, weight, _ = operands((6, 4), 5)
+    linear = products.linear
+    linear(inputs.double(), weight.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(inputs, weight).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(inputs, weight)
+    torch.func.vmap(linear, (0, None))(inputs[None], weight)
+    torch.func.grad(lambda x: linear(x, weight).sum())(inputs)
+    torch.compile(linear, backend="eager", fullgraph=True)(inputs, weight)
+    torch.jit.trace(linear, (inputs.detach(), weight.detach()), check_trace=False)
+    assert linear(inputs[:0], weight).shape == (0, 5)
+    assert linear(inputs.to("meta"), weight.to("meta")).shape == (6, 5)
+    assert not onednn
+    linear(inputs, weight)
+    assert len(onednn) == 1
+
+
+def test_sizes_decide(monkeypatch):
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    weight = torch.zeros(1024, 512)
+    assert products.takes_onednn(torch.zeros(8, 512), weight)
+    assert not products.takes_onednn(torch.zeros(7, 512), weight)
+    assert not products.takes_onednn(torch.zeros(8, 64), weight[:, :64])
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, capability, expected",
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+    ],
+)
+def test_processors(cpuinfo, capability, expected, monkeypatch):
+    monkeypatch.setattr(products, "processor", lambda: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.prefers_onednn.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not products.prefers_onednn.__wrapped__()
+
+
+def test_every_matrix_of_the_blocks_takes_this_way():
+    model = tiny_model("modern")
+    linears = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert linears == {products.MiniGPTLinear}
