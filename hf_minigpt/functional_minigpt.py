@@ -88,9 +88,9 @@ def attend_by_document(attend: Callable, query, key, value, lengths: list[int]) 
         (B, T, H, D)
     """
     batch_size, num_heads, length, head_dim = query.shape
-    # (B, T, H, D) is how they lie in memory: no copies
-    rows = (x.transpose(1, 2).reshape(1, -1, num_heads, head_dim).transpose(1, 2) for x in (query, key, value))
-    documents = zip(*(x.split(lengths, dim=2) for x in rows), strict=True)
+    # (B, T, H, D) is how they, and their gradients, lie in memory: taken apart and put together without strides.
+    rows = (x.transpose(1, 2).reshape(1, -1, num_heads, head_dim).split(lengths, dim=1) for x in (query, key, value))
+    documents = ((x.transpose(1, 2) for x in document) for document in zip(*rows, strict=True))
     outputs = torch.cat([attend(*document, None)[0] for document in documents], dim=1)
     return outputs.view(batch_size, length, num_heads, head_dim)
 

@@ -274,7 +274,15 @@ def test_signal_saves_and_resume_is_exact(store, tmp_path, finished, number, ste
         assert history(resumed) == history(uninterrupted)
 
 
-def test_signal_after_the_last_question_is_not_lost():
+@pytest.fixture
+def default_sigint():
+    # a shell starts what it puts in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signal_after_the_last_question_is_not_lost(default_sigint):
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         assert not signals.requested()
         os.kill(os.getpid(), signal.SIGINT)
