@@ -13,7 +13,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from .products_minigpt import is_plain_linear, linear, onednn_linear, outer_product, takes_onednn
+from .products_minigpt import aligned, is_plain_linear, onednn_product, outer_product, takes_onednn
 
 
 # Logits held at one time, and the least rows, below which matrix products slow down.
@@ -293,7 +293,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = targets[rows, None].clamp(min=0)
             logits = None if plans_memory or by_onednn else buffer[: len(inputs)]
             if by_onednn:
-                logits = onednn_linear(inputs, head)
+                logits = onednn_product(inputs, head)
             elif compute_dtype == sum_dtype:
                 logits = torch.mm(inputs, head.t(), out=logits)  # (R, V)
             elif plans_memory:
@@ -332,7 +332,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(0) if row_weights is None else (row_weight.to(sum_dtype) * grad).sum(0)
             grad = grad.to(compute_dtype)
             if need_hidden:
-                chunk = linear(grad, head.t())
+                chunk = onednn_product(grad, head.t()) if by_onednn else grad @ head
                 grad_hidden[rows] = chunk if row_weights is None else chunk * row_weight
             if need_weight:
                 if by_onednn:
@@ -412,6 +412,11 @@ def linear_cross_entropy(
     if divides_rows:
         row_weights = (torch.ones((), device=hidden.device) if row_weights is None else row_weights) / divisor
         row_weights = row_weights.expand(hidden.shape[0])
+        num_more = aligned(hidden.shape[0]) - hidden.shape[0] if takes_onednn(hidden, weight) else 0
+        if num_more:
+            # Rows of weight 0: there are too many numbers of labels to compile for each.
+            hidden = F.pad(hidden, (0, 0, 0, num_more))
+            targets, row_weights = F.pad(targets, (0, num_more), value=-1), F.pad(row_weights, (0, num_more))
     with torch.autocast(device, enabled=False):
         total, num_correct = _LinearCrossEntropy.apply(
             hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype

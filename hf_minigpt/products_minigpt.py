@@ -67,54 +67,67 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` in oneDNN, whatever the sizes and strides; no gradient flows through it."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+def aligned(num_rows: int) -> int:
+    """
+    The number of rows rounded up, by an eighth at most (or to 8): oneDNN compiles for each shape and keeps what it has
+    compiled, half a megabyte, for good, so that they must not be as many as the lengths of texts.
+    """
+    step = max(8, 1 << max(num_rows.bit_length() - 4, 0))
+    return -(-num_rows // step) * step
 
 
-class _OneDNNLinear(torch.autograd.Function):
+class _OneDNNProduct(torch.autograd.Function):
+    """`left @ right.T` + bias: (N, I), (O, I), (O,) or None to (N, O)."""
+
     @staticmethod
-    def forward(ctx, inputs, weight, bias):
-        ctx.save_for_backward(inputs, weight)
-        return onednn_linear(inputs, weight, bias)
+    def forward(ctx, left, right, bias):
+        ctx.save_for_backward(left, right)
+        return run_onednn(left, right, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, weight = ctx.saved_tensors
-        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_inputs = linear(grad, weight.t()) if needs_inputs else None
-        grad_weight = grad_bias = None
-        if needs_weight or needs_bias:
-            grad = grad.reshape(-1, grad.shape[-1])
-        if needs_weight:
-            grad_weight = outer_product(grad, inputs.reshape(-1, inputs.shape[-1]))
-        if needs_bias:
-            grad_bias = grad.sum(0)
-        return grad_inputs, grad_weight, grad_bias
+        left, right = ctx.saved_tensors
+        needs_left, needs_right, needs_bias = ctx.needs_input_grad
+        grad_left = onednn_product(grad, right.t()) if needs_left else None
+        grad_right = outer_product(grad, left) if needs_right else None
+        return grad_left, grad_right, grad.sum(0) if needs_bias else None
+
+
+def run_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+def onednn_product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` of matrices (N, I) and (O, I) of any size and strides, and of a bias (O,) or None: (N, O)."""
+    return (_OneDNNProduct.apply if torch.is_grad_enabled() else run_onednn)(left, right, bias)
 
 
 def outer_product(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """The gradient (O, I) of a weight: grad (N, O), transposed, times inputs (N, I)."""
     # oneDNN copies the first factor to transpose it: the smaller one. Then the result lies in memory as (I, O).
     if grad.shape[1] > inputs.shape[1]:
-        return linear(inputs.t(), grad.t()).t()
-    return linear(grad.t(), inputs.t())
+        return onednn_product(inputs.t(), grad.t()).t()
+    return onednn_product(grad.t(), inputs.t())
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` of inputs (..., I), a weight (O, I) and a bias (O,) or None: (..., O)."""
     if not takes_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
-    if torch.is_grad_enabled():
-        return _OneDNNLinear.apply(inputs, weight, bias)
-    return onednn_linear(inputs, weight, bias)
+    rows = inputs if inputs.ndim == 2 else inputs.flatten(0, -2)
+    num_rows = rows.shape[0]
+    num_more = aligned(num_rows) - num_rows
+    outputs = onednn_product(F.pad(rows, (0, 0, 0, num_more)) if num_more else rows, weight, bias)
+    if num_more:
+        outputs = outputs[:num_rows]
+    return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
 
 
 def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` of stacks of matrices (N, R, K) and (N, K, C): (N, R, C)."""
     if not takes_onednn(left[0], right[0].mT):
         return left @ right
-    return torch.stack([linear(a, b.mT) for a, b in zip(left, right, strict=True)])
+    return torch.stack([onednn_product(a, b.mT) for a, b in zip(left, right, strict=True)])
 
 
 class MiniGPTLinear(nn.Linear):
@@ -149,7 +162,7 @@ def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     num_outputs, width = weight.shape
     num_rows = inputs.shape[0]
     if num_rows >= MIN_ROWS and takes_onednn(inputs, weight):
-        return onednn_linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
     if num_rows > 1 and num_outputs < LARGE_HEAD:
         if bias is None:
             return torch.mm(weight, inputs.t()).t()

@@ -19,17 +19,16 @@ needs_onednn = pytest.mark.skipif(
 def onednn(monkeypatch):
     """Give oneDNN everything that it can do, whatever the processor and the sizes. Returns the products it did."""
     calls = []
-    run = products.onednn_linear
+    run = products.run_onednn
 
-    def counted(inputs, weight, bias=None):
-        calls.append((tuple(inputs.shape), tuple(weight.shape)))
-        return run(inputs, weight, bias)
+    def counted(left, right, bias=None):
+        calls.append((tuple(left.shape), tuple(right.shape)))
+        return run(left, right, bias)
 
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     monkeypatch.setattr(products, "MIN_ROWS", 1)
     monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
-    for module in (products, __import__("hf_minigpt.functional_minigpt", fromlist=["x"])):
-        monkeypatch.setattr(module, "onednn_linear", counted)
+    monkeypatch.setattr(products, "run_onednn", counted)
     return calls
 
 
@@ -101,8 +100,8 @@ def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
     targets = torch.arange(11)
     loss, hits = linear_cross_entropy(hidden, weight, bias, targets, softcap=5.0, num_ids=12, count_correct=True)
     actual = torch.autograd.grad(loss, (hidden, weight, bias))
-    # three chunks of three products
-    assert len(onednn) == 9
+    # 11 rows become 16, four chunks of three products
+    assert len(onednn) == 12
     hidden, weight, bias = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias))
     logits = (5 * torch.tanh(F.linear(hidden, weight, bias) / 5))[:, :12]
     expected = F.cross_entropy(logits, targets, reduction="sum")
@@ -130,6 +129,22 @@ def test_leaves_alone_what_it_cannot_do(onednn):
     assert not onednn
     linear(inputs, weight)
     assert len(onednn) == 1
+
+
+@needs_onednn
+def test_few_shapes_for_many_lengths(onednn):
+    weight, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+    for length in range(1, 400):
+        inputs = torch.randn(length, 4, requires_grad=True)
+        products.linear(inputs, weight, bias).sum().backward()
+        assert inputs.grad.shape == (length, 4)
+        linear_cross_entropy(inputs, weight, bias, torch.arange(length) % 5)[0].backward()
+    numbers = {products.aligned(length) for length in range(1, 400)}
+    assert len(numbers) == 16 + 8 + 4 + 1
+    assert {shape[0] for shape, _ in onednn} <= numbers | {4, 5}
+    assert {shape[1] for shape, _ in onednn} <= numbers | {4, 5}
+    assert all(length <= products.aligned(length) < length * 1.125 + 8 for length in range(1, 5000))
+    assert [products.aligned(2**i) for i in range(3, 20)] == [2**i for i in range(3, 20)]
 
 
 def test_sizes_decide(monkeypatch):
