@@ -94,6 +94,7 @@ class _OneDNNProduct(torch.autograd.Function):
 
 
 def run_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`onednn_product` without gradients."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
