@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_minigpt import functional_minigpt
 from hf_minigpt import products_minigpt as products
 from hf_minigpt.functional_minigpt import linear_cross_entropy
 from tiny import SWITCHES, gradients, random_ids, tiny_model
@@ -92,8 +93,6 @@ def test_model_on_onednn_is_the_model(name, onednn):
 
 @needs_onednn
 def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
-    from hf_minigpt import functional_minigpt
-
     monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(functional_minigpt, "MIN_CHUNK_ROWS", 4)
     hidden, weight, bias = operands((11, 8), 13)
