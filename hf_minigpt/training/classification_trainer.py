@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ..data.batching import ReviewCollator, TokenBudgetBatches, batches_by_length
 from ..data.reviews import ReviewRows
+from .adversarial import perturbed_embeddings
 from .callbacks import SetEpoch
 from .classification_arguments import ClassificationArguments
 from .classification_metrics import classification_metrics
@@ -65,6 +66,7 @@ class ClassificationTrainer(Trainer):
     Trainer of a MiniGPTForSequenceClassification on `ReviewRows`.
 
     - Batches are those of `TokenBudgetBatches`, `args.tokens_per_batch` tokens for each process.
+    - With `args.adversarial_share` texts are learned with `perturbed_embeddings`.
     - `evaluate()` reports `classification_metrics` of the evaluation rows.
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     - The training metrics have `train_examples_per_second`, evaluations not counted.
@@ -115,6 +117,19 @@ class ClassificationTrainer(Trainer):
             output.metrics.pop(name)
         return output
 
+    @property
+    def _sharded(self) -> bool:
+        # only a sharded model must be called through its wrapper
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        share = self.args.adversarial_share
+        if share == 0 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        plain = self.accelerator.unwrap_model(model)
+        with perturbed_embeddings(plain, inputs, share, wrapper=model if self._sharded else None):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _track_num_input_tokens(self, inputs):
         # the Trainer's own waits for the device in every micro-step; the processes' batches are of about one size
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
@@ -122,10 +137,8 @@ class ClassificationTrainer(Trainer):
 
     def predict_logits(self, rows: ReviewRows) -> torch.Tensor:
         """Logits (number of reviews, C), float32 on the CPU, on every process."""
-        # only a sharded model must be called through its wrapper
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         assert isinstance(self.data_collator, ReviewCollator) and self.model is not None
-        model = self.model_wrapped if sharded else self.model
+        model = self.model_wrapped if self._sharded else self.model
         return predict_logits(model, rows, self.data_collator, self.args.tokens_per_batch, self.accelerator)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

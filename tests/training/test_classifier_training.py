@@ -101,16 +101,28 @@ def test_windows_are_averaged(tokenizer):
     torch.testing.assert_close(logits[0], windows[0].detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, tmp_path):
+def loss_of_one(model, row, adversarial_share=0.0):
+    """The loss of a review by itself, its embeddings moved along the gradient."""
+    embeddings, labels = model.model.embed_tokens(row["input_ids"][None]), torch.tensor([row["labels"]])
+    (slope,) = torch.autograd.grad(model(inputs_embeds=embeddings, labels=labels).loss, embeddings)
+    moved = embeddings + adversarial_share * embeddings.detach().norm() * slope / slope.norm()
+    return model(inputs_embeds=moved, labels=labels).loss
+
+
+@pytest.mark.parametrize("adversarial_share", [0.0, 0.1])
+def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversarial_share, tmp_path):
     reference = classifier(tokenizer)
     rows = ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
-    losses = [reference(r["input_ids"][None], labels=torch.tensor([r["labels"]])).loss for r in rows]
-    torch.stack(losses).mean().backward()
+    losses = torch.stack([loss_of_one(reference, row, adversarial_share) for row in rows])
+    if adversarial_share:
+        assert (losses > torch.stack([loss_of_one(reference, row) for row in rows])).all()
+    losses.mean().backward()
     model = classifier(tokenizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = {"optimizer": "trainer", "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     options |= {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "no"}
     options |= {"load_best_model_at_end": False, "early_stopping_patience": None, "weight_decay": 0.0}
+    options["adversarial_share"] = adversarial_share
     # all batches of an epoch in one step, of different numbers of reviews
     trainer = trainer_of(tmp_path, tokenizer, model, gradient_accumulation_steps=50, **options)
     assert len({len(batch) for batch in trainer.get_train_dataloader().batch_sampler}) > 1
@@ -310,6 +322,8 @@ def test_evaluators_accuracy_is_ours(tokenizer):
     [
         ({"token_dropout": 1.0}, "token_dropout=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        ({"adversarial_share": 1.0}, "adversarial_share=1.0"),
+        ({"adversarial_share": 0.02, "torch_compile": True}, "adversarial_share=0.02 with torch_compile"),
         ({"frozen_layers": -1}, "frozen_layers=-1"),
         ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 needs"),
         ({"per_device_train_batch_size": 16}, "tokens_per_batch"),
