@@ -9,22 +9,18 @@ from torch import nn
 
 
 @contextmanager
-def perturbed_embeddings(
-    model: nn.Module, inputs: Mapping[str, Any], share: float, *, wrapper: nn.Module | None = None
-) -> Iterator[torch.Tensor]:
+def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: float) -> Iterator[torch.Tensor]:
     r"""Within it, `model` sees each row of `inputs` with its embeddings $E$ (T, C) at $E + s\,|E|\,g/|g|$.
 
     $g$ is the gradient of the row's loss at $E$, lengths are over all tokens and channels of the row, padding left
     out. So it is the small step that raises the loss most, and learning it away makes the model smooth around its
     training texts (Miyato et al., 2017, "Adversarial training methods for semi-supervised text classification").
-    It costs a forward and half a backward pass, in the mode (training or not) that the model is in; no gradient of a
-    weight changes.
+    It costs a forward and half a backward pass; no gradient of a weight changes.
 
     Args:
-        model: with `get_input_embeddings()`, whose forward pass returns `.loss`.
+        model: with `get_input_embeddings()`, whose forward pass returns `.loss`; whole, not sharded.
         inputs: of the forward pass.
-        share: $s$, the length of the step as a share of the embeddings' own. Theirs is about 0.02.
-        wrapper: called for the loss instead of `model`, where that is sharded.
+        share: $s$, the length of the step as a share of the embeddings' own. Theirs, for an LSTM, is about 0.02.
 
     Yields:
         The step, (B, T, C).
@@ -36,12 +32,18 @@ def perturbed_embeddings(
         return embeddings[0]
 
     table = model.get_input_embeddings()  # type: ignore[operator]
+    # their gradients would be computed, and thrown away, by autograd functions written in Python
+    learned = [p for p in model.parameters() if p.requires_grad]
     hook = table.register_forward_hook(keep)
     try:
-        loss = (wrapper or model)(**inputs).loss
+        for p in learned:
+            p.requires_grad_(False)
+        loss = model(**inputs).loss
+        (gradient,) = torch.autograd.grad(loss, embeddings)
     finally:
         hook.remove()
-    (gradient,) = torch.autograd.grad(loss, embeddings)
+        for p in learned:
+            p.requires_grad_(True)
     # no gradient reaches padding
     is_text = (gradient != 0).any(-1, keepdim=True)
     length = torch.linalg.vector_norm(embeddings[0].detach() * is_text, dim=(1, 2), keepdim=True)

@@ -81,6 +81,11 @@ class ClassificationTrainer(Trainer):
                 "optimizer='muon' orthogonalises whole matrices, and DeepSpeed's ZeRO makes one long vector of them: "
                 "choose --optimizer adamw."
             )
+        if self._sharded and self.args.adversarial_share:
+            raise ValueError(
+                f"adversarial_share={self.args.adversarial_share} needs the whole model on each device, and FSDP or "
+                "DeepSpeed shards it. Leave one of them out."
+            )
         self._seconds_evaluating = 0.0
         self._num_examples = 0
 
@@ -119,15 +124,13 @@ class ClassificationTrainer(Trainer):
 
     @property
     def _sharded(self) -> bool:
-        # only a sharded model must be called through its wrapper
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         share = self.args.adversarial_share
         if share == 0 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        plain = self.accelerator.unwrap_model(model)
-        with perturbed_embeddings(plain, inputs, share, wrapper=model if self._sharded else None):
+        with perturbed_embeddings(self.accelerator.unwrap_model(model), inputs, share):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs):
@@ -137,6 +140,7 @@ class ClassificationTrainer(Trainer):
 
     def predict_logits(self, rows: ReviewRows) -> torch.Tensor:
         """Logits (number of reviews, C), float32 on the CPU, on every process."""
+        # only a sharded model must be called through its wrapper
         assert isinstance(self.data_collator, ReviewCollator) and self.model is not None
         model = self.model_wrapped if self._sharded else self.model
         return predict_logits(model, rows, self.data_collator, self.args.tokens_per_batch, self.accelerator)

@@ -323,7 +323,7 @@ def test_evaluators_accuracy_is_ours(tokenizer):
         ({"token_dropout": 1.0}, "token_dropout=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         ({"adversarial_share": 1.0}, "adversarial_share=1.0"),
-        ({"adversarial_share": 0.02, "torch_compile": True}, "adversarial_share=0.02 with torch_compile"),
+        ({"adversarial_share": 0.01, "torch_compile": True}, "adversarial_share=0.01 with torch_compile"),
         ({"frozen_layers": -1}, "frozen_layers=-1"),
         ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 needs"),
         ({"per_device_train_batch_size": 16}, "tokens_per_batch"),
