@@ -33,12 +33,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_minigpt import MiniGPTForCausalLM
+from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
+from hf_minigpt.data.batching import ReviewCollator
 from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.reviews import ReviewRows
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
+from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.checkpointing import train_safely
+from hf_minigpt.training.classification_arguments import ClassificationArguments
+from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.training.optimizers import adamw_decaying_matrices, muon_adamw, optimizer_cls_and_kwargs
 from hf_minigpt.training.sealing import CheckpointSealer, resolve_resume, verify_checkpoint
 from hf_minigpt.training.trainer import LanguageModelTrainer
@@ -194,6 +199,52 @@ def test_one_process_takes_over_from_two(folder, alone, together, optimizer):
     assert_close(trainer.model.state_dict(), alone[optimizer])
 
 
+def classify(folder: Path) -> torch.Tensor:
+    """Final weights of a classifier, in one vector; every process's must be the same."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    texts = ["good " * (1 + i % 7) + "film" if i % 2 else "a bad " * (1 + i % 5) for i in range(40)]
+    tokenizer = train_tokenizer(texts, 320, model_max_length=24, show_progress=False)
+    args = ClassificationArguments(
+        str(folder / f"classifier_{world_size}"),
+        adversarial_share=0.01,
+        auxiliary_lm_weight=0.5,
+        tokens_per_batch=64,
+        gradient_accumulation_steps=2 // world_size,
+        max_steps=6,
+        cpu_threads=1,
+        disable_tqdm=True,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        early_stopping_patience=None,
+    )
+    torch.manual_seed(0)
+    config = tiny_config("modern", vocab_size=320, unpadded_vocab_size=len(tokenizer), auxiliary_lm_weight=0.5)
+    config.pad_token_id = tokenizer.pad_token_id
+    labels = [i % 2 for i in range(40)]
+    trainer = ClassificationTrainer(
+        model=MiniGPTForSequenceClassification(config),
+        args=args,
+        train_dataset=ReviewRows(texts, labels, tokenizer, 24, training=True),
+        data_collator=ReviewCollator(tokenizer.pad_token_id),
+        optimizer_cls_and_kwargs=classification_optimizer(args),
+    )
+    # of an odd number one would be cut in two for two processes
+    assert len(trainer.get_train_dataloader()) * world_size % 2 == 0
+    trainer.train()
+    weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+    torch.save(weights, folder / f"classifier_{world_size}_{args.process_index}.pt")
+    return weights
+
+
+def test_adversarial_classifier_of_ddp_is_that_of_one_process(folder):
+    result = torchrun("classify", folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(folder / f"classifier_2_{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, classify(folder), rtol=0, atol=1e-4)
+
+
 def killed(folder: Path, output_dir: str) -> None:
     train(folder, output_dir, "muon", kill_at=13, resume_from_checkpoint="auto")
 
@@ -334,7 +385,7 @@ def test_fsdp2_by_accelerate(optimizer, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, job_folder, *rest = sys.argv[1:]
-    {"ddp": ddp, "killed": killed, "fsdp": fsdp}[job](Path(job_folder), *rest)
+    {"ddp": ddp, "classify": classify, "killed": killed, "fsdp": fsdp}[job](Path(job_folder), *rest)
     dist.barrier()
     # a process that exits with its group alive is sometimes aborted, and one that destroys FSDP2's groups as well
     sys.stdout.flush()
