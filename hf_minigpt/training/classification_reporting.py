@@ -25,7 +25,7 @@ from .reporting import HYPERPARAMETERS, _plain
 
 CLASSIFICATION_HYPERPARAMETERS = (
     *("tokens_per_batch", "num_train_epochs", "pooling", "auxiliary_lm_weight", "dropout", "token_dropout"),
-    *("layer_decay", "frozen_layers", "early_stopping_patience"),
+    *("adversarial_share", "layer_decay", "frozen_layers", "early_stopping_patience"),
 )
 
 LIMITS = (
