@@ -19,7 +19,8 @@ Your own texts, from a file with a column of texts and one of labels; GPT-2 as a
     python recipes/finetune_imdb.py --dataset reviews.csv --label_column stars --class_names bad good \
         --label_map 1=bad 5=good
     accelerate launch recipes/finetune_imdb.py --config recipes/configs/imdb.yaml --model openai-community/gpt2 \
-        --context_length 512 --optimizer adamw --learning_rate 5e-5 --layer_decay 0.9 --pooling last
+        --context_length 512 --optimizer adamw --learning_rate 5e-5 --layer_decay 0.9 --pooling last \
+        --adversarial_share 0
     accelerate launch recipes/finetune_imdb.py --model runs/imdb-pretrain --dataset stanfordnlp/imdb --lora true \
         --optimizer adamw --learning_rate 1e-3 --output_dir runs/imdb-lora
 

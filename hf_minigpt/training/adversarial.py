@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: float) -> Iterator[torch.Tensor]:
+def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: float) -> Iterator[None]:
     r"""Within it, `model` sees each row of `inputs` with its embeddings $E$ (T, C) at $E + s\,|E|\,g/|g|$.
 
     $g$ is the gradient of the row's loss at $E$, lengths are over all tokens and channels of the row, padding left
@@ -21,9 +21,6 @@ def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: flo
         model: with `get_input_embeddings()`, whose forward pass returns `.loss`; whole, not sharded.
         inputs: of the forward pass.
         share: $s$, the length of the step as a share of the embeddings' own. Theirs, for an LSTM, is about 0.02.
-
-    Yields:
-        The step, (B, T, C).
     """
     embeddings: list[torch.Tensor] = []
 
@@ -52,6 +49,6 @@ def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: flo
     step = share * length * gradient / gradient_length.clamp(min=torch.finfo(gradient.dtype).tiny)
     hook = table.register_forward_hook(lambda module, args, output: output + step)
     try:
-        yield step
+        yield
     finally:
         hook.remove()
