@@ -55,7 +55,8 @@ class MiniGPTConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the normal initialisation.
         embd_pdrop, attn_pdrop, resid_pdrop (`float`): dropout of the embedding, the attention weights, each branch.
         head_mask (`list[list[float]]`, *optional*): factor of each head's output, by layer and head; 0 prunes it.
-        pooling (`str`): what the classifier reads: the `last` non-pad token or the `mean` over non-pad tokens.
+        pooling (`str`): what the classifier reads: the `last` non-pad token, the `mean` over non-pad tokens, or a mean
+            with learned weights (`attention`).
         auxiliary_lm_weight (`float`): weight of the language-model loss added to the classifier's (GPT-1's lambda).
             Above 0 the classifier has a language-model head too.
 
@@ -118,7 +119,7 @@ class MiniGPTConfig(PreTrainedConfig):
     attn_pdrop: float | int = 0.1
     resid_pdrop: float | int = 0.1
     head_mask: list[list[float | int]] | None = None
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean", "attention"] = "last"
     auxiliary_lm_weight: float | int = 0.0
     use_cache: bool = True
     bos_token_id: int | None = None

@@ -480,7 +480,9 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
 
 class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
     """
-    A classifier on one vector per row: the last non-pad token's, or the mean, by `config.pooling`.
+    A classifier on one vector per row, by `config.pooling`: the last non-pad token's, the mean, or a weighted mean
+    whose weights are a softmax over the tokens' products with one learned vector (Yang et al., 2016). That vector
+    starts at zero, hence at the mean.
 
     With `config.auxiliary_lm_weight` above 0 it also has a language-model head, whose loss is added (Radford et al.,
     2018): the mean over rows of each row's mean over tokens.
@@ -492,6 +494,7 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         super().__init__(config)
         self.model = MiniGPTModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.pool_query = build_linear(config.hidden_size, 1, False, 0.0) if config.pooling == "attention" else None
         self.lm_head = None
         if config.auxiliary_lm_weight > 0:
             self._tied_weights_keys = MiniGPTForCausalLM._tied_weights_keys
@@ -538,7 +541,11 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         is_text = find_text(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
-        if self.config.pooling == "mean":
+        if self.pool_query is not None:
+            scores = self.pool_query(hidden_states).squeeze(-1).float()
+            weights = scores.masked_fill(~is_text, torch.finfo(scores.dtype).min).softmax(-1).to(hidden_states.dtype)
+            pooled = torch.einsum("bt,btc->bc", weights, hidden_states)
+        elif self.config.pooling == "mean":
             weights = is_text.to(hidden_states.dtype)
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
             pooled = torch.einsum("bt,btc->bc", weights, hidden_states)

@@ -10,11 +10,16 @@ from tiny import POSITIONS, gradients, random_ids, tiny_model
 
 PAD = 66
 LENGTHS = [9, 3, 1, 6]
+POOLINGS = ["last", "mean", "attention"]
 
 
 def classifier(name="gpt2", **overrides):
     options = {"num_labels": 3, "pad_token_id": PAD, **overrides}
-    return tiny_model(name, model_class=MiniGPTForSequenceClassification, **options)
+    model = tiny_model(name, model_class=MiniGPTForSequenceClassification, **options)
+    if model.pool_query is not None:
+        # zero at first, which would be the mean
+        torch.nn.init.normal_(model.pool_query.weight, generator=torch.Generator().manual_seed(0))
+    return model
 
 
 def rows_of_text(lengths=LENGTHS):
@@ -32,9 +37,13 @@ def padded(rows, side="right", length=None, pad=PAD):
 
 
 def plain_logits(model, row):
-    """The definition: the head of the last hidden state, or of their mean, of a row without any padding."""
+    """The definition: the head of the last hidden state, or of a mean of all, of a row without any padding."""
     hidden = model.model(row).last_hidden_state[0]
-    pooled = hidden.mean(0) if model.config.pooling == "mean" else hidden[-1]
+    if model.config.pooling == "attention":
+        factors = torch.exp(hidden @ model.pool_query.weight[0])
+        pooled = (factors[:, None] * hidden).sum(0) / factors.sum()
+    else:
+        pooled = hidden.mean(0) if model.config.pooling == "mean" else hidden[-1]
     return model.score.weight @ pooled
 
 
@@ -43,7 +52,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", POSITIONS)
 def test_each_row_of_a_batch_is_judged_as_alone(name, side, pooling, attention):
@@ -59,7 +68,7 @@ def test_each_row_of_a_batch_is_judged_as_alone(name, side, pooling, attention):
         assert_close(model(row).logits[0], alone)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_without_a_mask_the_pad_token_tells(pooling):
     model = classifier(pooling=pooling)
     rows = rows_of_text()
@@ -84,7 +93,7 @@ def test_a_pad_token_inside_the_text_is_text():
     assert_close(model(ids).logits, torch.stack([plain_logits(model, row), plain_logits(model, other)]))
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_padding_that_cannot_be_known_is_refused(pooling):
     rows = rows_of_text([5, 5])
     ids, mask = padded(rows)
@@ -102,7 +111,7 @@ def test_padding_that_cannot_be_known_is_refused(pooling):
 
 
 def test_a_row_of_padding_only_disturbs_nobody():
-    for pooling in ("last", "mean"):
+    for pooling in POOLINGS:
         model = classifier(pooling=pooling)
         ids, mask = padded(rows_of_text([4, 6]))
         expected = model(ids, attention_mask=mask).logits

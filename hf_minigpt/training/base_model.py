@@ -17,7 +17,12 @@ Model = TypeVar("Model", bound=MiniGPTPreTrainedModel)
 # A table grows to a multiple of this, which matrix products on a GPU want.
 MULTIPLE = 64
 NEW_WITH_A_HEAD: dict[type, set[str]] = {
-    MiniGPTForSequenceClassification: {"score.weight", "lm_head.weight", "lm_head.bias"}
+    MiniGPTForSequenceClassification: {
+        "score.weight",
+        "pool_query.weight",
+        "lm_head.weight",
+        "lm_head.bias",
+    }
 }
 # What a config takes from PreTrainedConfig rather than from MiniGPTConfig
 LABELS = ("num_labels", "id2label", "label2id")

@@ -152,8 +152,12 @@ class ClassificationArguments(RecipeArguments):
             "per_device_train_batch_size."
         },
     )
-    pooling: Literal["last", "mean"] = field(
-        default="mean", metadata={"help": "What the classifier reads: the last token or the mean over all."}
+    pooling: Literal["last", "mean", "attention"] = field(
+        default="mean",
+        metadata={
+            "help": "What the classifier reads: the last token, the mean over all, or a mean in which a learned "
+            "attention weighs them."
+        },
     )
     auxiliary_lm_weight: float = field(
         default=0.0, metadata={"help": "Weight of the language-model loss beside the classifier's (GPT-1's lambda)."}

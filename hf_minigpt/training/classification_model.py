@@ -148,7 +148,7 @@ def add_lora(model: MiniGPTForSequenceClassification, lora_args: LoraArguments) 
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,
         target_modules=LORA_TARGETS,
-        modules_to_save=["score"],
+        modules_to_save=["score"] if model.pool_query is None else ["score", "pool_query"],
     )
     return get_peft_model(model, config)
 

@@ -234,7 +234,7 @@ def _has_fused_kernel(parameters: Iterable[torch.Tensor]) -> bool:
 def hidden_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of the linear layers inside the blocks, by name: what Muon is for.
 
-    A block is a numbered module (`layers.3`). Embeddings, the output head and a classifier's `score` are outside.
+    A block is a numbered module (`layers.3`). Embeddings, the output head and what is a classifier's own are outside.
     """
     return {
         f"{name}.weight": module.weight

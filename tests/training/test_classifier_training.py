@@ -74,7 +74,7 @@ def trainer_of(folder, tokenizer, model=None, rows=None, **options):
     )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
 def test_predictions_are_those_of_each_review_alone_and_left_padded(tokenizer, name, pooling):
     model = classifier(tokenizer, name, pooling=pooling)
@@ -216,6 +216,8 @@ def test_built_classifiers(tmp_path):
     assert model.score.weight.requires_grad
     auxiliary, _ = build_classifier(model_args, arguments(tmp_path, auxiliary_lm_weight=0.5), SPLITS, "head")
     assert auxiliary.lm_head is not None
+    attentive, _ = build_classifier(model_args, arguments(tmp_path, pooling="attention"), SPLITS, "head")
+    assert (attentive.pool_query.weight == 0).all() and attentive.pool_query.weight.requires_grad
     with pytest.raises(ValueError, match="frozen_layers=4"):
         build_classifier(model_args, arguments(tmp_path, frozen_layers=4), SPLITS, "head")
 
@@ -235,18 +237,20 @@ def test_from_a_gpt2(tmp_path):
         check_lora_possible(LoraArguments(lora=True), ModelArguments(model=str(tmp_path)))
 
 
-def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path):
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path, pooling):
     tiny_model("modern", vocab_size=320, unpadded_vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0,
                pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path / "base")  # fmt: skip
     tokenizer.save_pretrained(tmp_path / "base")
     lora_args = LoraArguments(lora=True, lora_r=4)
     model_args = ModelArguments(model=str(tmp_path / "base"), context_length=LENGTH)
     check_lora_possible(lora_args, model_args)
-    model, _ = build_classifier(model_args, arguments(tmp_path), SPLITS, "head")
+    model, _ = build_classifier(model_args, arguments(tmp_path, pooling=pooling), SPLITS, "head")
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = add_lora(model, lora_args)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all("lora_" in name or "score" in name for name in trainable) and len(trainable) == 2 * 6 * 2 + 1
+    num_heads = sum("lora_" not in name for name in trainable)
+    assert len(trainable) == 2 * 6 * 2 + num_heads and num_heads == (1 if pooling == "mean" else 2)
     options = {"optimizer": "adamw", "learning_rate": 0.01, "num_train_epochs": 3}
     trainer = trainer_of(tmp_path / "out", tokenizer, model, **options)
     trainer.train()
