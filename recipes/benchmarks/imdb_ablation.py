@@ -1,0 +1,96 @@
+"""What each choice in finetuning on IMDb is worth: the recipe with a few labels, and with one choice changed.
+
+    python recipes/benchmarks/imdb_ablation.py --model runs/imdb-pretrain
+
+`--dataset path/to/train.parquet` where the reviews are a file; the split is the recipe's. All else goes to
+recipes/finetune_imdb.py, which one process runs for each line of the table: some 5 minutes on one core. Few labels and
+short rows make it affordable, and the differences larger than they are with all. Judged are the test reviews; nothing
+here is a choice for the result in `model_cards`. The last line printed is a JSON object: `accuracy` and `roc_auc`, the
+means over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+
+RECIPES = Path(__file__).parents[1]
+CONFIGS = RECIPES / "configs"
+
+# two epochs of few labels are few steps: larger ones than the configuration's, whose adversarial half is left out
+FIXED = {
+    "config": CONFIGS / "imdb.yaml",
+    "context_length": 256,
+    "tokens_per_batch": 4096,
+    "learning_rate": 2e-3,
+    "matrix_learning_rate": 0.01,
+    "embedding_learning_rate": 0.01,
+    "adversarial_share": 0,
+    "pipeline_examples": 0,
+    "disable_tqdm": True,
+}
+CHANGES: dict[str, dict[str, object]] = {
+    "nothing changed": {},
+    "mean": {"pooling": "mean"},
+    "last token": {"pooling": "last"},
+    "lambda 0.5": {"auxiliary_lm_weight": 0.5},
+    "adversarial embeddings": {"adversarial_share": 0.005},
+    "no token dropout": {"token_dropout": 0},
+    "one learning rate for all blocks": {"layer_decay": 1},
+    "head": {"truncation": "head"},
+    "tail": {"truncation": "tail"},
+    "windows": {"truncation": "windows"},
+    "twice the context": {"context_length": 512},
+    "no pretraining": {},
+}
+
+
+def start_of(change: str, model: str) -> list[str]:
+    """The flags that name what the classifier starts from: the pretrained model, or its shape and tokenizer only."""
+    if change != "no pretraining":
+        return ["--model", model]
+    shape = yaml.safe_load((CONFIGS / "imdb_pretrain.yaml").read_text(encoding="utf-8"))
+    overrides = [f"{name}={value}" for name, value in shape["config_overrides"].items()]
+    return ["--preset", shape["preset"], "--tokenizer", model, "--config_overrides", *overrides]
+
+
+def finetune(change: str, seed: int, args: argparse.Namespace, more: list[str]) -> dict[str, float]:
+    """The metrics of one run of the recipe."""
+    flags = FIXED | {"max_train_examples": args.labels, "seed": seed} | CHANGES[change]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(RECIPES / "finetune_imdb.py"), *start_of(change, args.model)]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        done = subprocess.run([*command, *more, "--output_dir", folder], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{change!r} failed:\n{done.stderr[-2000:]}")
+        return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="What recipes/pretrain.py has made of the reviews.")
+    parser.add_argument("--labels", type=int, default=2000, help="Labelled reviews to train on.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
+    args, more = parser.parse_known_args()
+    found: dict[str, dict[str, float]] = {"accuracy": {}, "roc_auc": {}}
+    for change in args.only:
+        runs = [finetune(change, seed, args, more) for seed in args.seeds]
+        for name, values in found.items():
+            values[change] = statistics.mean(run[f"test_{name}"] for run in runs)
+        each = ", ".join(f"{run['test_accuracy']:.2%} {run['test_roc_auc']:.4f}" for run in runs)
+        seconds = statistics.mean(run["train_runtime"] for run in runs)
+        print(f"{change:34} {found['accuracy'][change]:.2%} {found['roc_auc'][change]:.4f}  ({each}) "
+              f"{seconds:.0f} s", flush=True)  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
