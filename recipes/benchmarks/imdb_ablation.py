@@ -4,8 +4,8 @@
 
 `--dataset path/to/train.parquet` where the reviews are a file; the split is the recipe's. All else goes to
 recipes/finetune_imdb.py, which one process runs for each line of the table: some 5 minutes on one core. Few labels and
-short rows make it affordable, and the differences larger than they are with all. Judged are the test reviews; nothing
-here is a choice for the result in `model_cards`. The last line printed is a JSON object: `accuracy` and `roc_auc`, the
+short rows make it affordable; with all labels a difference may be another. Judged are the test reviews; nothing here
+is a choice for the result in `model_cards`. The last line printed is a JSON object: `accuracy` and `roc_auc`, the
 means over the seeds.
 """
 
