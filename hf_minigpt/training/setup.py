@@ -120,7 +120,8 @@ def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents:
         return given_tokenizer(args)
     length = context_length(args)
     vocab_size = trained_vocab_size(args, data_args)
-    key = hashlib.blake2b(f"{documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
+    # the version counts up when trained tokenizers change: 2 puts end-of-text in front of a text
+    key = hashlib.blake2b(f"2 {documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
     folder = Path(data_args.cache_dir) / "tokenizers" / key
     if not folder.is_dir():
         _train_and_save(documents, vocab_size, length, folder)

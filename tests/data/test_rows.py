@@ -157,7 +157,7 @@ def test_aligned_document_rows(lengths, context_length, seed, epoch):
     def check(store):
         if store.num_tokens <= context_length:
             return
-        rows = AlignedDocumentRows(store, context_length, seed=seed)
+        rows = AlignedDocumentRows(store, context_length, seed=seed, bare_share=0)
         rows.set_epoch(epoch)
         assert len(rows) == len(ContextRows(store, context_length))
         tokens = store.tokens.tolist()
@@ -180,6 +180,37 @@ def test_aligned_document_rows(lengths, context_length, seed, epoch):
                 place += len(document)
 
     with_store(lengths, check)
+
+
+@given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_bare_rows_lack_the_token_in_front_and_have_one_more_at_their_end(lengths, context_length, seed):
+    def check(store):
+        if store.num_tokens <= context_length:
+            return
+        tokens = store.tokens.tolist()
+        with_eos = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=0))
+        bare = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=1))
+        some = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=0.5))
+        # ids are unique but for the EOS, so a row's last piece tells where it goes on
+        for row, bare_row, either in zip(with_eos, bare, some, strict=True):
+            assert either in (row, bare_row)
+            if bare_row != row:
+                assert bare_row[:-1] == row[1:]
+                last = next(i for i in range(len(row) - 1, -1, -1) if row[i] != EOS)
+                place = tokens.index(row[last]) + len(row) - last
+                assert bare_row[-1] == tokens[place]
+            else:
+                assert row[-1] == EOS  # the end of the store
+
+    with_store(lengths, check)
+
+
+def test_bare_rows_have_their_share(tmp_path):
+    rows = AlignedDocumentRows(store_of([9] * 4000, tmp_path / "store"), 20, seed=0)
+    assert 0.08 < np.mean([row[0] != EOS for row in as_lists(rows)]) < 0.12
+    with pytest.raises(ValueError, match=r"bare_share=1\.5"):
+        AlignedDocumentRows(rows.store, 20, bare_share=1.5)
 
 
 def test_aligned_rows_see_all_of_long_documents_and_soon_all_of_short_ones(tmp_path):

@@ -57,7 +57,8 @@ def test_panels_say_what_the_model_says(loaded, folders):
     model = AutoModelForCausalLM.from_pretrained(folders / "model", attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folders / "model")
     text = "Once upon a mill"
-    ids = torch.tensor([[0, *tokenizer(text).input_ids]])
+    ids = torch.tensor([tokenizer(text).input_ids])
+    assert ids[0, 0] == tokenizer.bos_token_id
     output = model(ids, output_attentions=True)
 
     probabilities = output.logits[0, -1].softmax(-1)
@@ -65,7 +66,7 @@ def test_panels_say_what_the_model_says(loaded, folders):
     shown = read_bars(loaded.next_tokens(text))
     assert [share for _, share in shown] == [round(100 * p, 1) for p in best.values.tolist()]
     assert [name for name, _ in shown] == loaded.written(best.indices.tolist())
-    assert loaded.written(tokenizer(" mill\n").input_ids) == ["␣mill", "⏎"]
+    assert loaded.written(tokenizer(" mill\n", add_special_tokens=False).input_ids) == ["␣mill", "⏎"]
 
     svg = loaded.attention(text, 2, 3)
     cells = [float(cell) for cell in re.findall(r'class="cell".*?fill-opacity="([\d.]+)"', svg)]
@@ -74,7 +75,7 @@ def test_panels_say_what_the_model_says(loaded, folders):
     torch.testing.assert_close(torch.tensor(cells), expected, atol=6e-4, rtol=0)
 
     longer = tokenizer(text * 3).input_ids
-    weights = model(torch.tensor([[0, *longer]]), output_attentions=True).attentions[0][0, 0, -16:, -16:]
+    weights = model(torch.tensor([longer]), output_attentions=True).attentions[0][0, 0, -16:, -16:]
     cells = re.findall(r'class="cell".*?fill-opacity="([\d.]+)"', loaded.attention(text * 3, 1, 1))
     expected = weights[torch.tril(torch.ones_like(weights)).bool()]
     torch.testing.assert_close(torch.tensor([*map(float, cells)]), expected, atol=6e-4, rtol=0)
