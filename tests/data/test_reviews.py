@@ -184,13 +184,13 @@ def test_rows_are_what_the_saved_tokenizer_gives_a_pipeline(tokenizer, truncatio
 
 
 def test_head_and_tail(tokenizer):
-    ids = tokenizer(LONG)["input_ids"]
+    ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
     (row,) = [rows([LONG], tokenizer, 22, "head_tail")[0]["input_ids"].tolist()]
     assert row == [tokenizer.eos_token_id, *ids[:5], *ids[-15:], tokenizer.eos_token_id]
 
 
 def test_windows_cover_a_review_in_evaluation_and_wander_in_training(tokenizer):
-    ids = tokenizer(LONG)["input_ids"]
+    ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
     texts = ["short", LONG, "other"]
     data = rows(texts, tokenizer, 22, "windows")
     count = -(-len(ids) // 20)

@@ -182,8 +182,8 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer):
     text = "Once upon a time, the miller's 11 mills \n\n\tleft élan."
     request = {"prompt": text, "max_tokens": 1, "n_probs": len(tokenizer), "logit_bias": [[letter, 1e9]]}
     answer = server.handle_completions(request)
-    # it puts end-of-text first, as training does
-    ids = [tokenizer.eos_token_id, *tokenizer(text).input_ids]
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
     assert answer["usage"]["prompt_tokens"] == len(ids)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)

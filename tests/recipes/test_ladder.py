@@ -64,7 +64,9 @@ def test_only_the_named_rungs_on_another_text(tmp_path, capsys):
     assert {key.partition("_")[0] for key in metrics} == {"one-head", "dropout"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dropout").config.hidden_size == 24
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "dropout")
-    assert tokenizer.decode(tokenizer("Öl über Äpfel").input_ids) == "Öl über Äpfel"
+    ids = tokenizer("Öl über Äpfel").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Öl über Äpfel"
     assert re.search(r"^dropout .* \d\.\d{4} ", capsys.readouterr().out, re.MULTILINE)
 
 
