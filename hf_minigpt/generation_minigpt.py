@@ -9,12 +9,14 @@ declines.
 
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
 from .functional_minigpt import apply_rotary, check_positions, finish_logits, sinusoidal_embedding
@@ -24,6 +26,55 @@ from .products_minigpt import FEW_ROWS, SMALL_MATRIX, few_rows_linear, is_plain_
 Product = Callable[[torch.Tensor], torch.Tensor]
 # Modules of modeling_minigpt.py, which imports this file.
 Module = Any
+
+# What an output calls its cache: `past_key_values`, and since transformers 5.24 `cache`.
+CACHE_FIELD = fields(BaseModelOutputWithPast)[1].name
+# Since 5.24 a model adds to the paged cache of continuous batching; before, the attention function did.
+MODEL_UPDATES_PAGED_CACHE = CACHE_FIELD != "past_key_values"
+
+# What transformers hands to every model or attention function. Attention that ignores a name would ignore a typo, too.
+KNOWN_KWARGS = frozenset(
+    {
+        *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
+        *("position_ids", "cache_position", "seq_idx", "is_causal", "sliding_window", "softcap", "s_aux"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic", "target_dtype"),
+        # of `generate`, which hands them on
+        *("tokenizer", "assistant_tokenizer"),
+        # of continuous batching
+        *("cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"),
+    }
+)
+OWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "paged|")
+
+
+def take_cache(cache: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
+    """`cache`, or the one that `kwargs` holds under whatever name, which is taken out of them."""
+    for name in [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+        found = kwargs.pop(name)
+        if cache is not None and found is not cache:
+            raise TypeError(f"{name} is a second cache beside past_key_values: give only one of them.")
+        cache = found
+    return cache
+
+
+def take_paged_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache of continuous batching, which is no `Cache`, taken out of `kwargs`."""
+    if kwargs.get("cache") is None:
+        raise TypeError(
+            "cache is missing from what continuous batching hands over; install a version of transformers that "
+            "hf_minigpt names as supported."
+        )
+    return kwargs.pop("cache")
+
+
+def check_kwargs(kwargs: dict[str, Any], attention: str) -> None:
+    """Refuse what nobody would read; an attention function from elsewhere may want any name."""
+    unknown = [name for name, value in kwargs.items() if name not in KNOWN_KWARGS and value is not None]
+    if unknown and attention.startswith(OWN_ATTENTION):
+        raise TypeError(
+            f"{unknown[0]}={type(kwargs[unknown[0]]).__name__} is no argument of MiniGPT's forward, and attention "
+            f"{attention!r} does not read it: check the spelling, or leave it out."
+        )
 
 
 class GrowingLayer(DynamicLayer):
@@ -113,6 +164,7 @@ def single_token_inputs(
     What transformers' `prepare_inputs_for_generation` makes of `input_ids` (B, S) when only the last is to be read,
     without its many questions; None where one of them matters.
     """
+    past_key_values = take_cache(past_key_values, kwargs)
     if (
         is_first_iteration
         or type(past_key_values) is not DynamicCache
@@ -149,6 +201,7 @@ class Decoding:
 
     def __init__(self) -> None:
         self.blocks: list[DecodingBlock] = []
+        self.num_layers = 0
         self.verified_for: Callable[[], Cache | None] = lambda: None
 
     def __reduce__(self) -> tuple:
@@ -215,10 +268,12 @@ class Decoding:
         if position_ids is not None and position_ids.ndim != 2:
             return False
         # Modules are looked at once a text, their weights wherever they are read: looking costs time, too.
-        if self.verified_for() is not cache:
+        num_layers = lm.config.num_hidden_layers
+        if self.verified_for() is not cache or self.num_layers != num_layers:
             if not self.is_ordinary(lm, input_ids):
                 return False
-            self.blocks = [DecodingBlock(block) for block in lm.model.layers]
+            self.blocks = [DecodingBlock(block) for block in lm.model.layers[:num_layers]]
+            self.num_layers = num_layers
             self.final_norm = direct_norm(lm.model.norm)
             self.head = product_of(lm.lm_head)
             self.softcap = lm.config.final_logit_softcapping
@@ -233,7 +288,7 @@ class Decoding:
         for block in model.layers:
             containers += [block.self_attn] if block.mlp is None else [block.self_attn, block.mlp]
         return (
-            len(model.layers) > 0
+            len(model.layers[: config.num_hidden_layers]) > 0
             and input_ids.device.type == "cpu"
             and model.embed_tokens.weight.device.type == "cpu"
             and config._attn_implementation == "sdpa"

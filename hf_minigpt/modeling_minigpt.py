@@ -45,7 +45,16 @@ from .functional_minigpt import (
     finish_logits,
     sinusoidal_embedding,
 )
-from .generation_minigpt import Decoding, grow_in_place, single_token_inputs
+from .generation_minigpt import (
+    CACHE_FIELD,
+    MODEL_UPDATES_PAGED_CACHE,
+    Decoding,
+    check_kwargs,
+    grow_in_place,
+    single_token_inputs,
+    take_cache,
+    take_paged_cache,
+)
 from .products_minigpt import MiniGPTLinear, is_plain_linear
 
 
@@ -171,9 +180,11 @@ class MiniGPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if MODEL_UPDATES_PAGED_CACHE and ("cache" in kwargs or implementation.startswith("paged|")):
+            # It also changes kwargs, for the attention function.
+            key, value = take_paged_cache(kwargs).update(key, value, self.layer_idx, kwargs=kwargs)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         attend = partial(attention_interface, self, dropout=dropout, scaling=self.scaling, **kwargs)
         if isinstance(attention_mask, list):
@@ -238,7 +249,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -308,9 +319,12 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`, or a position beyond a learned table.
+            TypeError: an argument that neither the model nor the attention reads. A `Cache` is found under any name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        past_key_values = take_cache(past_key_values, kwargs)
+        check_kwargs(kwargs, self.config._attn_implementation)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -343,7 +357,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             inputs_embeds = self.embedding_norm(inputs_embeds)
 
         hidden_states = self.dropout(inputs_embeds)
-        for block in self.layers:
+        # A changed config leaves out the last ones (`assistant_early_exit`).
+        for block in self.layers[: self.config.num_hidden_layers]:
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
@@ -351,7 +366,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        cache = {CACHE_FIELD: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
 
 @dataclass
@@ -409,12 +425,13 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` (B, T) are labels that are already shifted; `num_items_in_batch` divides the summed
                 loss instead of the number of labels; `ignore_index` replaces -100. The rest goes to `MiniGPTModel`.
         """
+        past_key_values = take_cache(past_key_values, kwargs)
         if past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1:
             others = (inputs_embeds, token_type_ids, labels, skip_logits, *kwargs.values())
             if all(other is None or other is False for other in others) and not count_correct:
                 logits = self.decoding.step(self, input_ids, attention_mask, position_ids, past_key_values)
                 if logits is not None:
-                    return MiniGPTCausalLMOutput(logits=logits, past_key_values=past_key_values)
+                    return MiniGPTCausalLMOutput(logits=logits, **{CACHE_FIELD: past_key_values})
 
         loss_kwargs = {
             name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in kwargs
@@ -471,7 +488,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         return MiniGPTCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             num_correct=num_correct if count_correct else None,
@@ -578,7 +595,7 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -3,6 +3,8 @@
 import importlib.abc
 import importlib.util
 import sys
+import warnings
+from types import ModuleType
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -12,7 +14,8 @@ from .configuration_minigpt import MiniGPTConfig
 from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 
 
-LORA_TARGETS = ["q_proj", "v_proj"]
+# PEFT knows Llama, whose modules have the same names, except that there is no gate here.
+PEFT_TEMPLATE, PEFT_ABSENT = "llama", {"gate_proj"}
 
 
 def register() -> None:
@@ -22,39 +25,64 @@ def register() -> None:
     """
     AutoConfig.register(MiniGPTConfig.model_type, MiniGPTConfig, exist_ok=True)
     MiniGPTConfig.register_for_auto_class()
-    for auto_class, model_class, names in (
-        (AutoModel, MiniGPTModel, modeling_auto.MODEL_MAPPING_NAMES),
-        (AutoModelForCausalLM, MiniGPTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    for auto_class, model_class, table in (
+        (AutoModel, MiniGPTModel, "MODEL_MAPPING_NAMES"),
+        (AutoModelForCausalLM, MiniGPTForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
         (
             AutoModelForSequenceClassification,
             MiniGPTForSequenceClassification,
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         ),
     ):
         auto_class.register(MiniGPTConfig, model_class, exist_ok=True)
         # Makes `save_pretrained` copy the code beside the weights.
         model_class.register_for_auto_class(auto_class.__name__)
-        # The Trainer looks a class name up here, and with label smoothing shifts the labels only if it is found.
-        names[MiniGPTConfig.model_type] = model_class.__name__
+        add_class_name(table, model_class.__name__)
         # `transformers serve` takes the class from the top of the package.
         setattr(transformers, model_class.__name__, model_class)
-    register_lora_targets()
+    register_peft_targets()
 
 
-def register_lora_targets() -> None:
+def add_class_name(table: str, class_name: str) -> None:
+    """The Trainer looks a class name up here, and with label smoothing shifts the labels only if it is found."""
+    names = getattr(modeling_auto, table, None)
+    try:
+        names[MiniGPTConfig.model_type] = class_name  # type: ignore[index]
+    except TypeError:
+        warnings.warn(
+            f"transformers {transformers.__version__} has no table modeling_auto.{table} to enter {class_name} in: do "
+            "without label_smoothing_factor, or install a version that hf_minigpt names as supported.",
+            stacklevel=2,
+        )
+
+
+def register_peft_targets() -> None:
     """PEFT's default targets: at once if PEFT is loaded, else when it will be, so that nobody pays for its import."""
     if "peft.utils.constants" in sys.modules:
-        add_lora_targets(sys.modules["peft.utils.constants"])
+        add_peft_targets(sys.modules["peft.utils.constants"])
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
 
 
-def add_lora_targets(constants) -> None:
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MiniGPTConfig.model_type, LORA_TARGETS)
+def add_peft_targets(constants: ModuleType) -> None:
+    """Each method's default modules: LoRA's, IA3's, VeRA's and so on."""
+    filled = set()
+    for name, table in vars(constants).items():
+        if not name.endswith("_MODULES_MAPPING") or not isinstance(table, dict):
+            continue
+        if isinstance(modules := table.get(PEFT_TEMPLATE), list):
+            table.setdefault(MiniGPTConfig.model_type, [module for module in modules if module not in PEFT_ABSENT])
+            filled.add(name)
+    if "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING" not in filled:
+        warnings.warn(
+            "PEFT's table of default modules is not where it was: adapters of MiniGPT need target_modules, for "
+            "example ['q_proj', 'v_proj'].",
+            stacklevel=2,
+        )
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Waits for the import of `peft.utils.constants`, fills its table, and is gone."""
+    """Waits for the import of `peft.utils.constants`, fills its tables, and is gone."""
 
     def find_spec(self, fullname, path, target=None):
         if fullname != "peft.utils.constants":
@@ -67,7 +95,7 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            add_lora_targets(module)
+            add_peft_targets(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

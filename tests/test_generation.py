@@ -234,3 +234,27 @@ def test_streaming(capsys):
     inputs = tokenizer("the cat", return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=5, streamer=TextStreamer(tokenizer))
     assert capsys.readouterr().out.strip() == tokenizer.decode(output[0]).strip()
+
+
+@pytest.mark.parametrize("cache_name", ["cache", "memory"])
+def test_a_cache_is_found_under_any_name(cache_name):
+    model = tiny_model("modern")
+    ids = random_ids(2, 5)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], **{cache_name: cache})
+    assert cache.get_seq_length() == 4
+    logits = model(ids[:, 4:], **{cache_name: cache}).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 4:], rtol=0, atol=1e-5)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="atention_mask"):
+        tiny_model()(random_ids(1, 3), atention_mask=torch.ones(1, 3))
+
+
+def test_a_model_drafts_for_itself_with_fewer_layers():
+    model = tiny_model("modern")
+    ids = random_ids(1, 5)
+    assert torch.equal(greedy(model, ids, assistant_early_exit=1), by_hand(model, ids))
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(greedy(model, ids), by_hand(model, ids))

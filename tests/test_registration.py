@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
-from hf_minigpt.registration import register
+from hf_minigpt.registration import add_class_name, add_peft_targets, register
 from test_generation import tiny_tokenizer
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -105,6 +106,23 @@ def test_lora_finds_its_default_targets():
         model = get_peft_model(model_class(tiny_config("gpt2", pad_token_id=0)), LoraConfig(task_type=task))
         adapted = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
         assert len(adapted) == 4 and all(name.split(".")[-2] in ("q_proj", "v_proj") for name in adapted)
+
+
+@pytest.mark.parametrize("method", ["IA3Config", "AdaLoraConfig", "VeraConfig", "OFTConfig"])
+def test_other_adapters_find_their_default_targets(method):
+    import peft
+
+    options = {"total_step": 9} if method == "AdaLoraConfig" else {}
+    options |= {"r": 0, "oft_block_size": 4} if method == "OFTConfig" else {}
+    model = peft.get_peft_model(tiny_model(), getattr(peft, method)(task_type="CAUSAL_LM", **options))
+    assert model.get_nb_trainable_parameters()[0] > 0
+
+
+def test_a_table_that_is_gone_is_said():
+    with pytest.warns(UserWarning, match="label_smoothing_factor"):
+        add_class_name("NO_SUCH_TABLE", "MiniGPTModel")
+    with pytest.warns(UserWarning, match="target_modules"):
+        add_peft_targets(types.ModuleType("constants"))
 
 
 @pytest.mark.parametrize("model_class", [MiniGPTModel, MiniGPTForCausalLM, MiniGPTForSequenceClassification])
