@@ -78,7 +78,9 @@ class InstructionArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     max_records: int | None = field(default=None, metadata={"help": "Use only the first records."})
-    held_out_fraction: float = field(default=0.1, metadata={"help": "Share of the prompts that is held out."})
+    held_out_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the records that is held out, prompt by prompt."}
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out prompts."})
     max_lost: float = field(
         default=0.1, metadata={"help": "Largest share of the records that may be empty, duplicate or over-long."}
