@@ -38,6 +38,7 @@ from hf_minigpt.training.fingerprints import check_same_run, dataset_fingerprint
 from hf_minigpt.training.metrics import evaluate_language_model, sample_texts
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
+from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data, training_rows
 from hf_minigpt.training.signals import StopSignals
 from hf_minigpt.training.trainer import end_training
@@ -178,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+        save_settings(args, args.output_dir)
         plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         Path(args.output_dir, "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])

@@ -8,7 +8,9 @@ no record's last position predicts the next one's first token.
 import glob
 import itertools
 import json
+import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,16 @@ from .rows import Row, _rng
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 FORMATS = "'messages', or 'prompt' and 'completion', or 'instruction', 'output' and perhaps 'input'"
+
+# what roles are called, and what they are
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 NUM_TALE_RECORDS = 12_000
 NUM_HELD_OUT_TALE_RECORDS = 400
@@ -126,51 +138,168 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 def to_conversation(record: Mapping[str, Any], input_separator: str = "\n\n") -> Conversation | None:
     """A record in any of the three formats as a conversation; None if a user's or an assistant's text is empty.
 
-    A column `system` is the system's message; `category` says what the figures are broken down by, else Alpaca's
-    records are told by whether they have an input. What a user says after the last answer is left out.
+    `messages` may also be called `conversations`, be JSON in a string, and have `from` and `value` for `role` and
+    `content`. A number becomes its text, null and NaN are empty, and a content's parts of type `text` are joined. A
+    boolean is refused, since its text could be "true", "True" or "yes".
+
+    A column `system` is the system's message, and one without text is none; `category` says what the figures are
+    broken down by, else Alpaca's records are told by whether they have an input. What a user says after the last
+    answer is left out.
 
     Args:
         input_separator: between Alpaca's instruction and its input.
 
     Raises:
-        ValueError: none of the three formats, or roles that do not take turns.
+        ValueError: none of the three formats, a value that is no text, or roles that do not take turns.
     """
-    category = str(record.get("category") or "all")
-    if record.get("messages") is not None:
-        messages = list(record["messages"])
-    elif record.get("prompt") is not None and "completion" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        messages = list(prompt) if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        if completion is None or isinstance(completion, str):
-            messages.append({"role": "assistant", "content": completion or ""})
-        else:
-            messages += completion
-    elif record.get("instruction") is not None and "output" in record:
-        context = record.get("input") or ""
-        text = str(record["instruction"])
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record is {_short(record)}, and must be an object with {FORMATS}.")
+    given = {name for name, value in record.items() if not _is_missing(value)}
+    category = _checked(str(record["category"]), "category") if "category" in given else ""
+    turns = next((name for name in ("messages", "conversations") if name in given), None)
+    if turns:
+        messages = _messages(record[turns], turns)
+    elif "prompt" in given and "completion" in record:
+        messages = [
+            message
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+            for message in (
+                _messages(record[name], name)
+                if isinstance(record[name], (list, tuple))
+                else [{"role": role, "content": _text(record[name], name)}]
+            )
+        ]
+    elif "instruction" in given and "output" in record:
+        text, context, output = (_text(record.get(name), name) for name in ("instruction", "input", "output"))
         # an input without an instruction is as empty as none
         if context.strip() and text.strip():
             text += input_separator + context
         if "category" not in record:
             category = "with input" if context.strip() else "without input"
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": record["output"] or ""}]
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
+    elif {"messages", "conversations"} & set(record) or any(
+        set(names) <= set(record) for names in (("prompt", "completion"), ("instruction", "output"))
+    ):
+        return None
     else:
-        raise ValueError(f"a record has the fields {sorted(record)}, and needs {FORMATS}.")
-    if record.get("system") and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": record["system"]})
+        raise ValueError(f"a record has the fields {sorted(map(str, record))}, and needs {FORMATS}.")
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    system = _text(record.get("system"), "system")
+    if system.strip() and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
 
     while messages and messages[-1]["role"] == "user":
         messages.pop()
-    kept = tuple({"role": message["role"], "content": message["content"] or ""} for message in messages)
-    roles = [message["role"] for message in kept if message["role"] != "system"]
-    if "system" in [message["role"] for message in kept[1:]] or roles != ["user", "assistant"] * (len(roles) // 2):
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if "system" in [m["role"] for m in messages[1:]] or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(
             f"the roles of a record are {[message['role'] for message in messages]}: after one 'system' at most, "
             "'user' and 'assistant' must take turns."
         )
-    if not roles or any(not message["content"].strip() for message in kept):
+    if not roles or any(not message["content"].strip() for message in messages):
         return None
-    return Conversation(kept, category)
+    return Conversation(tuple(messages), category or "all")
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    """Messages as `{"role", "content"}`, whatever they call these."""
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{name} is the text {_short(value)}, which is no JSON ({error}): give a list of messages."
+            ) from error
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is {_short(value)}: give a list of messages, each with role and content.")
+    messages = []
+    for i, message in enumerate(value):
+        field_name = f"{name}[{i}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{field_name} is {_short(message)}: give an object with role and content.")
+        for calls in ("tool_calls", "function_call"):
+            if not _is_missing(message.get(calls)) and message[calls]:
+                raise ValueError(
+                    f"{field_name} has {calls}={_short(message[calls])}, which the chat templates cannot write: leave "
+                    "this record out, or put the call into content as text."
+                )
+        role_name, role = _first(message, "role", "from")
+        content_name, content = _first(message, "content", "value")
+        if not {"content", "value", "tool_calls", "function_call"} & set(message):
+            raise ValueError(
+                f"{field_name} has the fields {sorted(map(str, message))}, and needs role and content (or from and "
+                "value)."
+            )
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(
+                f"{field_name}.{role_name} is {_short(role)}: choose one of {', '.join(ROLES)}, of which the user's "
+                "and the assistant's must take turns."
+            )
+        messages.append({"role": ROLES[role], "content": _content(content, f"{field_name}.{content_name}")})
+    return messages
+
+
+def _first(message: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+    """The first of these fields that has a value; the first one if none has."""
+    name = next((name for name in names if not _is_missing(message.get(name))), names[0])
+    return name, message.get(name)
+
+
+def _content(value: Any, name: str) -> str:
+    if not isinstance(value, (list, tuple)):
+        return _text(value, name)
+    texts = []
+    for i, part in enumerate(value):
+        if isinstance(part, Mapping):
+            kind = part.get("type", "text" if "text" in part else None)
+            if kind != "text":
+                raise ValueError(
+                    f"{name}[{i}] is a part of type {_short(kind)}, and only parts of type 'text' can be trained: "
+                    "leave this part or this record out."
+                )
+            part = part.get("text")
+        texts.append(_text(part, f"{name}[{i}]"))
+    return "".join(texts)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if _is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return _checked(value, name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (math.inf, -math.inf):
+        try:
+            return str(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is a number too long to be written ({error}): give it as text.") from error
+    raise ValueError(f"{name} is {_short(value)}, a value of type {type(value).__name__}: give it as text.")
+
+
+def _checked(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a character (a surrogate pair cut "
+            f"in two), in {_short(text[max(error.start - 20, 0) : error.start + 20])}: mend or remove it."
+        ) from error
+    return text
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def to_conversations(
@@ -198,15 +327,51 @@ def to_conversations(
 def split_held_out(
     conversations: Sequence[Conversation], fraction: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """A random share held out, at least one, so that no prompt is on both sides."""
-    prompts: dict[str, list[Conversation]] = {}
+    """A random share of the conversations held out, at least one, so that no prompt is on both sides.
+
+    A prompt is all that comes before the last answer. Prompts are drawn until the share is reached; those with more
+    answers than there is room for are passed over. Warns if the share comes out more than a third off.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    prompts: dict[tuple[tuple[str, str], ...], list[Conversation]] = {}
     for conversation in conversations:
-        prompts.setdefault(conversation.messages[-2]["content"].strip(), []).append(conversation)
+        key = tuple((message["role"], message["content"].strip()) for message in conversation.messages[:-1])
+        prompts.setdefault(key, []).append(conversation)
     groups = list(prompts.values())
-    order = _rng(seed, 0).permutation(len(groups))
-    num = max(round(fraction * len(groups)), 1)
-    held_out, training = ([c for i in part for c in groups[i]] for part in (order[:num], sorted(order[num:])))
-    return training, held_out
+    total = len(conversations)
+    if len(groups) < 2:
+        raise ValueError(
+            f"the {total:,} conversations have {len(groups)} distinct prompt: at least two are needed, one of them to "
+            "be held out. Give records with other prompts."
+        )
+    order: list[int] = _rng(seed, 0).permutation(len(groups)).tolist()
+    wanted = min(max(round(fraction * total), 1), total - 1)
+    chosen: list[int] = []
+    num = 0
+    for i in order:
+        if num + len(groups[i]) <= wanted:
+            chosen.append(i)
+            num += len(groups[i])
+    # one more may come closer, and one there must be
+    taken = set(chosen)
+    more = [i for i in order if i not in taken and num + len(groups[i]) < total]
+    if more and num < wanted:
+        nearest = min(more, key=lambda i: len(groups[i]))
+        if not chosen or num + len(groups[nearest]) - wanted < wanted - num:
+            chosen.append(nearest)
+            num += len(groups[nearest])
+    if abs(num - fraction * total) > max(fraction * total / 3, 1):
+        warnings.warn(
+            f"held_out_fraction={fraction:g} asks for {fraction * total:,.0f} of {total:,} conversations; {num:,} "
+            f"({num / total:.1%}) of {len(chosen):,} prompts are held out, since each of all {len(groups):,} "
+            f"must stay whole and the largest has {max(map(len, groups)):,} conversations.",
+            stacklevel=2,
+        )
+    taken = set(chosen)
+    training = [c for i, group in enumerate(groups) if i not in taken for c in group]
+    return training, [c for i in chosen for c in groups[i]]
 
 
 # Tokens

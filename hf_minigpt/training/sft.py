@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,18 +40,13 @@ from ..tokenization import add_chat_template, check_tokenizer_fits
 from .arguments import _HELP, DataArguments, LanguageModelArguments, PretrainArguments
 from .base_model import MULTIPLE
 from .metrics import score_rows
+from .settings import INHERITED, LEARNING_RATES, SETTINGS_FILE, load_settings
 from .trainer import LanguageModelTrainer
 
 
 # The base model of a run without --model: pretrain.py's default, which is long enough to learn who holds what. What
 # it hangs on is written out, because the cached model is told by these flags.
 EMBEDDED_BASE_FLAGS: tuple[str, ...] = ("--rows", "aligned", "--matrix_learning_rate", "0.01")
-
-INHERITED = (
-    *("optimizer", "learning_rate", "matrix_learning_rate", "embedding_learning_rate", "muon_scaling"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-)
-LEARNING_RATES = ("learning_rate", "matrix_learning_rate", "embedding_learning_rate")
 
 
 @dataclass
@@ -78,7 +74,9 @@ class InstructionArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     max_records: int | None = field(default=None, metadata={"help": "Use only the first records."})
-    held_out_fraction: float = field(default=0.1, metadata={"help": "Share of the prompts that is held out."})
+    held_out_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the records that is held out, prompt by prompt."}
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out prompts."})
     max_lost: float = field(
         default=0.1, metadata={"help": "Largest share of the records that may be empty, duplicate or over-long."}
@@ -156,20 +154,26 @@ def inherited_settings(model: str, learning_rate_factor: float, adapter: bool = 
     """The optimizer's settings of the run that made a model, for another run on it.
 
     Args:
-        model: folder or Hub name; a folder has `training_args.bin` where one of our recipes made it.
+        model: folder or Hub name; a folder has `training_settings.json` where one of our recipes made it (older
+            versions: `training_args.bin`).
         learning_rate_factor: what the learning rates are multiplied by.
         adapter: small matrices that start at zero are to be trained: AdamW at 1e-3 is then the choice.
 
     Returns:
-        By flag. AdamW at 5e-5 where nothing is known.
+        By flag. AdamW at 5e-5 where nothing is known; with a warning, if there is an old file that cannot be read.
+
+    Raises:
+        ValueError: `training_settings.json` is damaged.
     """
     if adapter:
         return {"optimizer": "adamw", "learning_rate": 1e-3}
-    saved = _saved_arguments(Path(model) / "training_args.bin")
+    saved = load_settings(model)
+    if saved is None:
+        saved = _saved_arguments(Path(model) / "training_args.bin")
     if saved is None:
         return {"optimizer": "adamw", "learning_rate": 5e-5}
     settings = {name: saved[name] for name in INHERITED if name in saved}
-    if saved.get("optimizer") == "muon" and settings["embedding_learning_rate"] is None:
+    if saved.get("optimizer") == "muon" and settings.get("embedding_learning_rate") is None:
         settings["embedding_learning_rate"] = 0.3 * AutoConfig.from_pretrained(model).initializer_range
     for name in LEARNING_RATES:
         if settings.get(name) is not None:
@@ -190,8 +194,14 @@ def _saved_arguments(path: Path) -> dict[str, Any] | None:
     try:
         with safe_globals(known):
             return dict(vars(torch.load(path, weights_only=True)))
-    except Exception:
-        # of another recipe or version: nothing is known
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(
+            f"{path} cannot be read, as by another recipe or version ({reason:.200}), and there is no "
+            f"{SETTINGS_FILE}: the optimizer's settings of that run are unknown, and AdamW at 5e-5 is used. Give "
+            "--optimizer and --learning_rate if they were others.",
+            stacklevel=3,
+        )
         return None
 
 

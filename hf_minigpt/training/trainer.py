@@ -11,6 +11,7 @@ from ..data.rows import Rows
 from .arguments import PretrainArguments
 from .flops import flops_per_token, peak_flops_per_second
 from .metrics import evaluate_language_model
+from .settings import save_settings
 
 
 class LanguageModelTrainer(Trainer):
@@ -22,6 +23,7 @@ class LanguageModelTrainer(Trainer):
     - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
       `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (their share of `peak_flops_per_second` of all
       devices) and `accuracy`, the share of the labels that were the most likely token.
+    - Beside a saved model are the settings that a run on it inherits (`training_settings.json`).
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     """
 
@@ -113,6 +115,11 @@ class LanguageModelTrainer(Trainer):
         return evaluate_language_model(
             model, dataset, self.data_collator, self.args.eval_batch_size, self.accelerator, max_rows=max_rows
         )
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_settings(self.args, output_dir or str(self.args.output_dir))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""

@@ -203,6 +203,151 @@ def test_a_malformed_record_is_named(record, message):
         to_conversations([{"prompt": "a", "completion": "b"}, record])
 
 
+NAN = float("nan")
+QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def ask(**changes):
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"} | changes]
+
+
+def texts(*parts):
+    return [{"type": "text", "text": part} for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        # numbers
+        ({"instruction": "q", "output": 7}, ["q", "7"]),
+        ({"instruction": "q", "output": 0}, ["q", "0"]),
+        ({"instruction": "q", "output": 2.5}, ["q", "2.5"]),
+        ({"instruction": "q", "output": np.int64(3)}, ["q", "3"]),
+        ({"instruction": 1, "input": 0, "output": 2}, ["1\n\n0", "2"]),
+        ({"prompt": 1, "completion": 0}, ["1", "0"]),
+        ({"messages": ask(content=0)}, ["q", "0"]),
+        # nothing
+        ({"instruction": "q", "input": NAN, "output": "a"}, ["q", "a"]),
+        ({"instruction": "q", "output": NAN}, None),
+        ({"instruction": "q", "output": None}, None),
+        ({"instruction": None, "output": "a"}, None),
+        ({"prompt": NAN, "completion": "a"}, None),
+        ({"prompt": "q", "completion": None}, None),
+        ({"messages": None}, None),
+        ({"messages": []}, None),
+        ({"messages": " "}, None),
+        ({"messages": ask(content=None)}, None),
+        # columns of another format, as tables have them
+        ({"messages": None, "prompt": NAN, "completion": None, "instruction": "q", "output": "a"}, ["q", "a"]),
+        # content in parts
+        ({"messages": ask(content=texts("a", "b"))}, ["q", "ab"]),
+        ({"messages": ask(content=["a", "b"])}, ["q", "ab"]),
+        ({"messages": ask(content=[])}, None),
+        # other names
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["q", "a"]),
+        ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": 4}]}, ["q", "4"]),
+        ({"conversations": [{"role": None, "from": "human", "value": "q"}, QA[1]]}, ["q", "a"]),
+        ({"messages": [{"from": "system", "value": "S"}, *QA]}, ["S", "q", "a"]),
+        ({"messages": [{"role": "developer", "content": "S"}, *QA]}, ["S", "q", "a"]),
+        # JSON in a string
+        ({"messages": json.dumps(QA)}, ["q", "a"]),
+        ({"conversations": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}, ["q", "a"]),
+        # a prompt is text, whatever it looks like
+        ({"prompt": "[1, 2]", "completion": "a"}, ["[1, 2]", "a"]),
+        # a system without text
+        *(({"messages": [{"role": "system", "content": no}, *QA]}, ["q", "a"]) for no in ("", " ", None, NAN, [])),
+        *(({"messages": QA, "system": empty}, ["q", "a"]) for empty in ("", " \n", None, NAN)),
+        ({"messages": [{"role": "system", "content": ""}, *QA], "system": "S"}, ["S", "q", "a"]),
+        ({"prompt": "q", "completion": "a", "system": 1}, ["1", "q", "a"]),
+        # a call that is none
+        ({"messages": ask(tool_calls=[])}, ["q", "a"]),
+        ({"messages": ask(tool_calls=NAN)}, ["q", "a"]),
+        ({"messages": [QA[0], {"role": "assistant", "tool_calls": []}]}, None),
+    ],
+)  # fmt: skip
+def test_shapes_of_records_that_are_read(record, expected):
+    conversation = to_conversation(record)
+    assert (conversation and [message["content"] for message in conversation.messages]) == expected
+    if conversation:
+        roles = ["system"] * (len(expected) - 2) + ["user", "assistant"]
+        assert [message["role"] for message in conversation.messages] == roles
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "q", "output": True}, "output is True, a value of type bool: give it as text"),
+        ({"instruction": "q", "output": {"x": 1}}, "output is {'x': 1}, a value of type dict: give it as text"),
+        ({"instruction": ["q"], "output": "a"}, r"instruction is \['q'\], a value of type list"),
+        ({"instruction": "q", "input": [], "output": "a"}, "input is .*list"),
+        ({"instruction": "q", "output": float("inf")}, "output is inf"),
+        ({"instruction": "q", "output": 10**5000}, "output is a number too long"),
+        ({"prompt": {"x": 1}, "completion": "a"}, "prompt is .*dict"),
+        ({"prompt": "q", "completion": False}, "completion is False"),
+        ({"messages": QA, "system": ["S"]}, "system is .*list"),
+        ({"messages": ask(content=True)}, r"messages\[1\]\.content is True"),
+        ({"messages": ask(content={"x": 1})}, r"messages\[1\]\.content is .*dict"),
+        ({"messages": ask(content=[{"type": "image", "url": "u"}])}, r"content\[0\] is a part of type 'image'"),
+        ({"messages": ask(content=[{"x": 1}])}, r"content\[0\] is a part of type None"),
+        ({"messages": ask(content=texts(["a"]))}, r"content\[0\] is .*list"),
+        ({"messages": ask(tool_calls=[{"id": "1"}])}, r"messages\[1\] has tool_calls=.*leave this record out"),
+        ({"messages": ask(function_call={"name": "f"})}, r"messages\[1\] has function_call="),
+        ({"messages": ask(role="tool")}, r"messages\[1\]\.role is 'tool': choose one of system, developer, user"),
+        ({"messages": ask(role=None)}, r"messages\[1\]\.role is None"),
+        ({"messages": ask(role=["user"])}, r"messages\[1\]\.role is \['user'\]"),
+        ({"messages": [{"from": "bot", "value": "q"}]}, r"messages\[0\]\.from is 'bot'"),
+        ({"messages": [QA[0], {"role": "assistant", "text": "a"}]}, r"messages\[1\] has the fields .*'text'"),
+        ({"messages": ["q", "a"]}, r"messages\[0\] is 'q': give an object"),
+        ({"messages": {"role": "user"}}, "messages is .*: give a list of messages"),
+        ({"messages": 3}, "messages is 3: give a list"),
+        ({"messages": "q: a"}, "messages is the text 'q: a', which is no JSON"),
+        ({"messages": "[" * 100_000}, "messages is the text"),
+        ({"messages": '{"role": "user"}'}, "messages is .*: give a list"),
+        ({"conversations": ["q"]}, r"conversations\[0\] is 'q'"),
+        ({"prompt": QA[:1], "completion": [{"role": "robot", "content": "a"}]}, r"completion\[0\]\.role is 'robot'"),
+        ({None: ["x"], "text": "a"}, r"fields \['None', 'text'\]"),
+        (["q", "a"], "a record is .*object"),
+        ({"instruction": "q", "output": "cut \ud83d"}, r"output has '\\ud83d' at character 4, half of a character"),
+        ({"prompt": "\udc00", "completion": "a"}, "prompt has"),
+        ({"messages": ask(content="\ud83d")}, r"messages\[1\]\.content has"),
+        ({"messages": QA, "system": "\ud83d"}, "system has"),
+        ({"messages": QA, "category": "\ud83d"}, "category has"),
+        ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, r"messages\[0\]\.content has"),
+    ],
+)
+def test_values_that_are_no_text_are_refused_by_name(record, message):
+    with pytest.raises(ValueError, match=f"^record 1: .*{message}") as caught:
+        to_conversations([{"prompt": "a", "completion": "b"}, record])
+    assert len(str(caught.value)) < 400
+    str(caught.value).encode()
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from(["user", "gpt"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "tool_calls", "type", "text"]), inner)
+    ),
+    max_leaves=8,
+)
+FIELDS = ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "category"]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), json_values))
+def test_any_record_is_read_or_refused(record):
+    try:
+        conversation = to_conversation(record)
+    except ValueError:
+        return
+    if conversation is not None:
+        assert all(message["content"].strip() for message in conversation.messages)
+
+
 def test_what_a_user_says_last_is_left_out():
     conversation = to_conversation({"messages": CHAT[:4], "category": "c"})
     assert [message["content"] for message in conversation.messages] == ["S", "Hi", "Yo"]
@@ -239,6 +384,60 @@ def test_no_prompt_is_on_both_sides():
     prompts = [{c.messages[0]["content"] for c in part} for part in (training, held_out)]
     assert len(training) == 45 and len(held_out) == 15 and not prompts[0] & prompts[1]
     assert split_held_out(conversations, 0.25, seed=1)[1] == held_out != split_held_out(conversations, 0.25, seed=2)[1]
+
+
+def conversations_of(*sizes):
+    """So many answers to each of several prompts."""
+    return to_conversations(
+        {"prompt": f"p{prompt}", "completion": str(i)} for prompt, size in enumerate(sizes) for i in range(size)
+    )[0]
+
+
+def test_a_prompt_is_all_that_comes_before_the_answer():
+    """The last question alone would make two groups of these: 10 and 190 records."""
+    turns = [("go on" if i % 20 else "and then?", str(i)) for i in range(200)]
+    records = [
+        {"messages": [*QA, {"role": "user", "content": f"tale {answer}"}, QA[1], {"role": "user", "content": question},
+                      {"role": "assistant", "content": answer}]}
+        for question, answer in turns
+    ]  # fmt: skip
+    conversations, _ = to_conversations(records)
+    for seed in range(5):
+        training, held_out = split_held_out(conversations, 0.1, seed)
+        assert (len(training), len(held_out)) == (180, 20)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "expected"),
+    [
+        ([190, *[1] * 10], 0.05, 10),  # the large one is passed over
+        ([50, 30, *[2] * 10], 0.1, 10),
+        ([7] * 20, 0.1, 14),
+        ([8] * 10, 0.25, 24),  # 16 and 24 are equally near; 20 is wanted
+        ([1, 1], 0.1, 1),
+        ([1] * 9, 0.99, 8),  # training is never empty
+    ],
+)
+def test_the_share_is_one_of_conversations(sizes, fraction, expected, recwarn):
+    for seed in range(5):
+        training, held_out = split_held_out(conversations_of(*sizes), fraction, seed)
+        assert len(training) + len(held_out) == sum(sizes) and training
+        assert len(held_out) == expected or (expected == 24 and len(held_out) == 16)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("sizes", "num"), [([190, 10], 10), ([100, 100], 100), ([60, 40, 100], 40)])
+def test_a_share_that_is_far_off_is_told(sizes, num):
+    fraction = 0.1
+    conversations = conversations_of(*sizes)
+    with pytest.warns(UserWarning, match=rf"asks for 20 of 200 conversations; {num} \({num / 200:.1%}\) of 1 prompts"):
+        training, held_out = split_held_out(conversations, fraction, seed=0)
+    assert len(held_out) == num and len(training) == 200 - num
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(ValueError, match="the 9 conversations have 1 distinct prompt: at least two are needed"):
+        split_held_out(conversations_of(9), 0.1, seed=0)
 
 
 # Packing

@@ -27,6 +27,7 @@ from hf_minigpt.data.instructions import (
 )
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
 from hf_minigpt.training.arguments import PretrainArguments
+from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.sft import (
     Answer,
     InstructionTrainer,
@@ -96,9 +97,15 @@ def test_a_model_grows_for_the_new_tokens(name, tmp_path):
 # Settings
 
 
-def test_settings_are_handed_down(tmp_path):
+@pytest.mark.parametrize("file", ["training_settings.json", "training_args.bin"])
+def test_settings_are_handed_down(file, tmp_path, recwarn):
     args = PretrainArguments(str(tmp_path), learning_rate=1e-2, weight_decay=0.3, adam_beta2=0.9)
-    torch.save(args, tmp_path / "training_args.bin")
+    if file == "training_args.bin":
+        torch.save(args, tmp_path / file)
+    else:
+        save_settings(args, tmp_path)
+        # an old file beside it is not read
+        (tmp_path / "training_args.bin").write_bytes(b"damaged")
     model, _, _ = chat_model(initializer_range=0.1)
     model.save_pretrained(tmp_path)
     settings = inherited_settings(str(tmp_path), 0.5)
@@ -107,6 +114,50 @@ def test_settings_are_handed_down(tmp_path):
     assert settings["matrix_learning_rate"] == pytest.approx(5e-3)
     assert settings["embedding_learning_rate"] == pytest.approx(0.5 * 0.3 * 0.1)
     assert inherited_settings(str(tmp_path), 0.5, adapter=True)["optimizer"] == "adamw"
+    assert not [warning for warning in recwarn.list if "cannot be read" in str(warning.message)]
+
+
+def test_the_trainer_saves_what_is_handed_down(tmp_path):
+    model, tokenizer, _ = chat_model()
+    args = SFTArguments(str(tmp_path / "run"), optimizer="adamw", learning_rate=3e-4, adam_beta2=0.9, use_cpu=True)
+    rows = ConversationRows(tokenized(tokenizer))
+    collator = InstructionCollator(tokenizer.pad_token_id)
+    trainer = InstructionTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    for folder in (tmp_path / "run", tmp_path / "elsewhere"):
+        trainer.save_model(None if folder.name == "run" else str(folder))
+        (folder / "training_args.bin").unlink()
+        settings = inherited_settings(str(folder), 0.5)
+        assert settings["optimizer"] == "adamw" and settings["learning_rate"] == pytest.approx(1.5e-4)
+        assert settings["adam_beta2"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "training_settings.json cannot be read"),
+        ("[]", "holds no object"),
+        ('{"optimizer": "lion"}', "optimizer is 'lion', and must be one of muon, adamw, trainer: mend it, or remove"),
+        ('{"optimizer": ["muon"]}', "optimizer is"),
+        ('{"learning_rate": "1e-3"}', "learning_rate is '1e-3', and must be a number from 0"),
+        ('{"learning_rate": null}', "learning_rate is None"),
+        ('{"weight_decay": NaN}', "weight_decay is nan"),
+        ('{"adam_beta1": true}', "adam_beta1 is True"),
+    ],
+)
+def test_damaged_settings_are_named(text, message, tmp_path):
+    (tmp_path / "training_settings.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        inherited_settings(str(tmp_path), 0.5)
+
+
+def test_settings_of_another_version(tmp_path):
+    (tmp_path / "training_settings.json").write_text('{"optimizer": "adamw", "learning_rate": 1, "new": [2]}')
+    assert inherited_settings(str(tmp_path), 0.5) == {"optimizer": "adamw", "learning_rate": 0.5}
+
+
+def test_nothing_known_is_no_warning(tmp_path, recwarn):
+    assert inherited_settings(str(tmp_path), 0.5) == {"optimizer": "adamw", "learning_rate": 5e-5}
+    assert not recwarn.list
 
 
 class Payload:
@@ -117,7 +168,10 @@ class Payload:
 def test_a_pickle_from_elsewhere_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
     torch.save(Payload(), tmp_path / "training_args.bin")
-    assert inherited_settings(str(tmp_path), 0.5) == {"optimizer": "adamw", "learning_rate": 5e-5}
+    with pytest.warns(
+        UserWarning, match=r"training_args.bin cannot be read.*no training_settings.json.*AdamW at 5e-5"
+    ):
+        assert inherited_settings(str(tmp_path), 0.5) == {"optimizer": "adamw", "learning_rate": 5e-5}
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,0 +1,52 @@
+"""The optimizer's settings that a run hands down to the next one on its model, as JSON beside the model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+SETTINGS_FILE = "training_settings.json"
+
+CHOICES = {"optimizer": ("muon", "adamw", "trainer"), "muon_scaling": ("original", "moonlight")}
+LEARNING_RATES = ("learning_rate", "matrix_learning_rate", "embedding_learning_rate")
+INHERITED = (
+    *("optimizer", "learning_rate", "matrix_learning_rate", "embedding_learning_rate", "muon_scaling"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+)
+
+
+def save_settings(args: Any, folder: str | Path) -> None:
+    """Write those of a run's arguments that the next one inherits."""
+    settings = {name: getattr(args, name) for name in INHERITED if hasattr(args, name)}
+    Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def load_settings(folder: str | Path) -> dict[str, Any] | None:
+    """What `save_settings` wrote, None where it did not. Fields that are unknown here are left out.
+
+    Raises:
+        ValueError: the file is damaged, or has a value that the flag of that name cannot take.
+    """
+    path = Path(folder, SETTINGS_FILE)
+    if not path.is_file():
+        return None
+    remedy = "mend it, or remove the file and give the settings as flags."
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no object of settings: {remedy}")
+    settings = {name: settings[name] for name in INHERITED if name in settings}
+    for name, value in settings.items():
+        if name in CHOICES:
+            fits = value in CHOICES[name]
+        elif value is None:
+            fits = name == "embedding_learning_rate"
+        else:
+            fits = type(value) in (int, float) and math.isfinite(value) and value >= 0
+        if not fits:
+            wanted = "one of " + ", ".join(CHOICES[name]) if name in CHOICES else "a number from 0"
+            raise ValueError(f"{path}: {name} is {value!r:.60}, and must be {wanted}: {remedy}")
+    return settings
