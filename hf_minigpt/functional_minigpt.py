@@ -13,7 +13,16 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from .products_minigpt import aligned, is_plain_linear, onednn_product, outer_product, takes_onednn
+from .products_minigpt import (
+    aligned,
+    is_plain_linear,
+    is_transformed,
+    linear,
+    onednn_product,
+    outer_product,
+    project,
+    takes_onednn,
+)
 
 
 # Logits held at one time, and the least rows, below which matrix products slow down.
@@ -43,7 +52,11 @@ def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_val
         # Nothing packed: without position_ids create_causal_mask spends no time on looking for documents.
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
     document_ids = None
-    if attention_mask is None or attention_mask.ndim == 2:
+    if is_transformed() and (attention_mask is None or attention_mask.ndim == 2):
+        # as `find_packed_sequence_indices`, without a look at whether there are several
+        rows = position_ids.expand(inputs_embeds.shape[0], -1)
+        document_ids = F.pad(rows.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
+    elif attention_mask is None or attention_mask.ndim == 2:
         document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
     if document_ids is None:
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
@@ -66,7 +79,7 @@ def build_mask(config, inputs_embeds, attention_mask, position_ids, past_key_val
 def can_attend_by_document(config, inputs_embeds, attention_mask, past_key_values) -> bool:
     """On a CPU, where SDPA with a mask does the work of all the keys that it hides; on a GPU a call costs more."""
     is_plain = attention_mask is None and past_key_values is None and config._attn_implementation == "sdpa"
-    return is_plain and inputs_embeds.device.type == "cpu" and not is_tracing(inputs_embeds)
+    return is_plain and inputs_embeds.device.type == "cpu" and not is_tracing(inputs_embeds) and not is_transformed()
 
 
 def document_lengths(document_ids: torch.Tensor) -> list[int]:
@@ -103,7 +116,7 @@ def check_positions(position_ids: torch.Tensor, limit: int, past_length: int | t
         past_length: number of cached positions.
         given: whether the caller chose the positions; the model's own fit wherever their number does.
     """
-    if is_tracing(position_ids) or position_ids.numel() == 0:
+    if is_tracing(position_ids) or is_transformed() or position_ids.numel() == 0:
         return
     fits = not torch.is_tensor(past_length) and position_ids.shape[-1] + past_length <= limit
     # Given ids are looked at on the CPU only, where that waits for no kernel; others if their number is too large.
@@ -164,7 +177,7 @@ def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | No
 
 def check_labels(labels: torch.Tensor, num_ids: int, ignore_index: int = -100) -> None:
     """Refuse labels outside [0, num_ids), `ignore_index` apart; on the CPU only, where looking waits for no kernel."""
-    if is_tracing(labels) or labels.device.type != "cpu" or labels.numel() == 0:
+    if is_tracing(labels) or is_transformed() or labels.device.type != "cpu" or labels.numel() == 0:
         return
     wrong = labels[((labels < 0) | (labels >= num_ids)) & (labels != ignore_index)]
     if wrong.numel():
@@ -347,21 +360,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # once here rather than wherever it is added to another
             grad_weight = grad_weight.contiguous()
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(*(t for t in (grad_hidden, grad_weight, grad_bias) if t is not None))
+        ctx.options = (softcap, num_ids, compute_dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, hidden, weight, bias, targets, row_weights)
         ctx.mark_non_differentiable(num_correct)
         return total, num_correct
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, _):
-        saved = iter(ctx.saved_tensors)
+        *saved, hidden, weight, bias, targets, row_weights = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # To be differentiated again (create_graph=True): of what was computed in advance there is no graph.
+            # Views, so that a gradient is not also that by way of another input: hidden states of a tied head.
+            inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (hidden, weight, bias)]
+            total, _ = plain_cross_entropy(*inputs, targets, row_weights, *ctx.options)
+            needed = [i for i in range(3) if ctx.needs_input_grad[i]]
+            grads = torch.autograd.grad(total, [inputs[i] for i in needed], grad_total, create_graph=True)
+            found = dict(zip(needed, grads, strict=True))
+            return *(found.get(i) for i in range(3)), None, None, None, None, None, None, None
         # Looking is free on a CPU, where a table's product with 1 takes as long as its sum over a chunk.
         is_one = grad_total.device.type == "cpu" and not is_tracing(grad_total) and grad_total.item() == 1
         grads = []
-        for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
-            grad = next(saved) if need else None
+        for grad, dtype in zip(saved, ctx.dtypes, strict=True):
             grads.append(grad if grad is None else (grad if is_one else grad * grad_total).to(dtype))
         return *grads, None, None, None, None, None, None, None
+
+
+def plain_cross_entropy(
+    hidden, weight, bias, targets, row_weights, softcap, num_ids, compute_dtype, count_correct=False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_LinearCrossEntropy` returns, by autograd's own functions and with all the logits at once."""
+    sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+    logits = linear(hidden.to(compute_dtype), weight.to(compute_dtype)).to(sum_dtype)
+    logits = finish_logits(logits if bias is None else logits + bias, softcap, num_ids)
+    losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+    total = (losses if row_weights is None else losses * row_weights).sum()
+    num_correct = (logits.argmax(1) == targets).sum() if count_correct else targets.new_zeros((), dtype=torch.int64)
+    return total, num_correct
 
 
 def linear_cross_entropy(
@@ -393,13 +427,14 @@ def linear_cross_entropy(
         The sum over the divisor (float32, 0-dim) and, if `count_correct`, the number of targets that are the most
         likely id (else 0; int64, 0-dim).
     """
-    if not torch.compiler.is_compiling():
+    transformed = is_transformed()
+    if not torch.compiler.is_compiling() and not transformed:
         rows = (targets != ignore_index).nonzero().squeeze(1)
         if rows.numel() < targets.numel():
             hidden, targets = hidden[rows], targets[rows]
             row_weights = None if row_weights is None else row_weights[rows]
     else:
-        # No shape may depend on the data here: an ignored row is scored with weight 0.
+        # No shape may depend on the data here, nor under `torch.func`: an ignored row is scored with weight 0.
         keep = targets != ignore_index
         row_weights = keep.to(torch.float32) if row_weights is None else row_weights * keep
         targets = targets.where(keep, -1)
@@ -418,9 +453,14 @@ def linear_cross_entropy(
             hidden = F.pad(hidden, (0, 0, 0, num_more))
             targets, row_weights = F.pad(targets, (0, num_more), value=-1), F.pad(row_weights, (0, num_more))
     with torch.autocast(device, enabled=False):
-        total, num_correct = _LinearCrossEntropy.apply(
-            hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype
-        )
+        if transformed:
+            total, num_correct = plain_cross_entropy(
+                hidden, weight, bias, targets, row_weights, softcap, num_ids, compute_dtype, count_correct
+            )
+        else:
+            total, num_correct = _LinearCrossEntropy.apply(
+                hidden, weight, bias, targets, row_weights, softcap, num_ids, count_correct, chunk_rows, compute_dtype
+            )
     return total if divides_rows else total / divisor, num_correct
 
 
@@ -494,5 +534,5 @@ def auxiliary_lm_loss(
             num_ids=num_ids,
         )
         return total
-    logits = finish_logits(lm_head(hidden_states), softcap, num_ids).float()
+    logits = finish_logits(project(lm_head, hidden_states), softcap, num_ids).float()
     return (F.cross_entropy(logits, targets, reduction="none") * row_weights).sum()

@@ -55,7 +55,7 @@ from .generation_minigpt import (
     take_cache,
     take_paged_cache,
 )
-from .products_minigpt import MiniGPTLinear, is_plain_linear
+from .products_minigpt import is_plain_linear, project
 
 
 class MiniGPTRMSNorm(nn.Module):
@@ -81,7 +81,7 @@ def build_norm(config: MiniGPTConfig) -> nn.Module:
 
 def build_linear(in_features: int, out_features: int, bias: bool, initial_std: float) -> nn.Linear:
     """A linear layer that `_init_weights` starts at a standard deviation of its own."""
-    linear = MiniGPTLinear(in_features, out_features, bias=bias)
+    linear = nn.Linear(in_features, out_features, bias=bias)
     linear.initial_std = initial_std  # type: ignore[assignment]
     return linear
 
@@ -153,9 +153,9 @@ class MiniGPTAttention(nn.Module):
         self.head_mask = config.head_mask[layer_idx] if config.head_mask is not None else None
 
         inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.k_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.v_proj = MiniGPTLinear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
         self.o_proj = build_linear(inner_size, config.hidden_size, config.attention_out_bias, branch_std(config))
 
     def forward(
@@ -168,9 +168,9 @@ class MiniGPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query = project(self.q_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        key = project(self.k_proj, hidden_states).view(head_shape).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)
 
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
@@ -193,13 +193,13 @@ class MiniGPTAttention(nn.Module):
             output, weights = attend(query, key, value, attention_mask)  # (B, T, H, D)
         if self.head_mask is not None:
             output = output * output.new_tensor(self.head_mask)[:, None]
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        return project(self.o_proj, output.reshape(*input_shape, -1)), weights
 
 
 class MiniGPTMLP(nn.Module):
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
-        self.up_proj = MiniGPTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = build_linear(
             config.intermediate_size, config.hidden_size, config.mlp_bias, branch_std(config)
         )
@@ -207,7 +207,7 @@ class MiniGPTMLP(nn.Module):
         self.act_fn = ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
 
 
 class MiniGPTBlock(GradientCheckpointingLayer):
@@ -466,7 +466,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         else:
             if not has_labels:
                 hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
-            logits = self.lm_head(hidden_states)
+            logits = project(self.lm_head, hidden_states)
             num_ids = self.config.unpadded_vocab_size
             loss_elsewhere = not has_labels and (self.training or "num_items_in_batch" in loss_kwargs)
             if loss_elsewhere and num_ids is not None:
@@ -559,7 +559,7 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         is_text = find_text(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
         if self.pool_query is not None:
-            scores = self.pool_query(hidden_states).squeeze(-1).float()
+            scores = project(self.pool_query, hidden_states).squeeze(-1).float()
             weights = scores.masked_fill(~is_text, torch.finfo(scores.dtype).min).softmax(-1).to(hidden_states.dtype)
             pooled = torch.einsum("bt,btc->bc", weights, hidden_states)
         elif self.config.pooling == "mean":

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
 
 
 # Below so many rows or multiplications oneDNN's calls cost more than they save.
@@ -63,8 +66,18 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and inputs.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """
+    Whether `torch.func` or forward-mode differentiation is at work: then there must be neither a look at values nor an
+    autograd function of our own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def aligned(num_rows: int) -> int:
@@ -131,24 +144,43 @@ def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.stack([onednn_product(a, b.mT) for a, b in zip(left, right, strict=True)])
 
 
-class MiniGPTLinear(nn.Linear):
-    """`nn.Linear`, its product by `linear`."""
+class _ByLinear(TorchFunctionMode):
+    """Within it every `F.linear` is `linear`'s."""
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return linear(inputs, self.weight, self.bias)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def project(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """
+    `module(inputs)` of a linear layer, its product by `linear`.
+
+    The layers themselves are plain `nn.Linear`: tools that quantise, adapt or count ask for exactly that class.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not prefers_onednn():
+        return module(inputs)
+    if is_plain_linear(module):
+        return linear(inputs, module.weight, module.bias)
+    # what an adapter wraps, and a layer that somebody listens to, is no slower
+    with _ByLinear():
+        return module(inputs)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """
     Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.
 
-    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks.
+    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks,
+    or anyone else, to see the forward or the backward pass.
     """
     return (
-        type(module) in (nn.Linear, MiniGPTLinear)
+        type(module) is nn.Linear
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and (torch.compiler.is_compiling() or not nn_module._has_any_global_hook())
     )
 
 

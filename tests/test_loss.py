@@ -276,6 +276,91 @@ def test_a_loss_function_of_ones_own():
     assert model(ids, labels=labels).loss == 5
 
 
+def second_order(model, loss):
+    """Gradients, and a Hessian-vector product."""
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    vector = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    grads = torch.autograd.grad(loss, parameters, create_graph=True)
+    product = sum((a * b).sum() for a, b in zip(grads, vector, strict=True))
+    seconds = torch.autograd.grad(product, parameters, allow_unused=True, materialize_grads=True)
+    return [*grads, *seconds]
+
+
+@pytest.mark.parametrize("name", LOSS_SWITCHES)
+def test_the_loss_without_logits_differentiates_twice(name):
+    ids, labels = batch()
+    model = tiny_model(name, attn_implementation="eager").double().train()
+    expected = second_order(model, plain_losses(model, ids, labels).mean())
+    loss = model(ids, labels=labels, skip_logits=True).loss
+    for actual, gradient in zip(second_order(model, loss), expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scaled_loss_differentiates_by_its_scale():
+    """The gradient's own gradient also goes to what the loss was multiplied by."""
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(9, 8)
+    scale = torch.tensor(0.7, requires_grad=True)
+    targets = torch.randint(9, (40,))
+    results = []
+    for loss in (
+        functional_minigpt.linear_cross_entropy(hidden, weight, None, targets)[0],
+        F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"),
+    ):
+        (grad,) = torch.autograd.grad(loss * scale, hidden, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), (hidden, scale)))
+    for actual, gradient in zip(*results, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", LOSS_SWITCHES)
+def test_torch_func(name, training):
+    """Gradients of the whole, of each row (with its mask and positions), and along a direction."""
+    model = tiny_model(name, attn_implementation="eager").double().train(training)
+    ids, labels = batch(rows=3)
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    positions = torch.arange(ids.shape[1]).repeat(3, 1)
+
+    def loss(parameters, ids, labels, **kwargs):
+        inputs = {"input_ids": ids, "labels": labels, "use_cache": False, "skip_logits": training, **kwargs}
+        return torch.func.functional_call(model, parameters, (), inputs).loss
+
+    def loss_of_row(parameters, ids, labels, positions, mask):
+        mask = None if mask is None else mask[None]
+        return loss(parameters, ids[None], labels[None], position_ids=positions[None], attention_mask=mask)
+
+    whole = torch.func.grad(loss)(parameters, ids, labels, attention_mask=torch.ones_like(ids))
+    of_rows = torch.func.vmap(torch.func.grad(loss_of_row), (None, 0, 0, 0, None))
+    rows = of_rows(parameters, ids, labels, positions, None)
+    of_rows = torch.func.vmap(torch.func.grad(loss_of_row), (None, 0, 0, 0, 0))
+    masked_rows = of_rows(parameters, ids, labels, positions, torch.ones_like(ids))
+    direction = {key: torch.ones_like(p) for key, p in parameters.items()}
+    _, slope = torch.func.jvp(lambda p: loss(p, ids, labels), (parameters,), (direction,))
+
+    def gradient_of(ids, labels):
+        model.zero_grad()
+        plain_losses(model, ids, labels).mean().backward()
+        return gradients(model)
+
+    expected = gradient_of(ids, labels)
+    assert_same_gradients(whole, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slope.double(), sum(g.sum() for g in expected.values()), rtol=1e-4, atol=1e-6)
+    for row in range(3):
+        expected = gradient_of(ids[row : row + 1], labels[row : row + 1])
+        for found in (rows, masked_rows):
+            assert_same_gradients({key: g[row] for key, g in found.items()}, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backward_hook_on_the_head_is_not_passed_over():
+    ids, labels = batch()
+    model = tiny_model("gpt2").train()
+    seen = []
+    model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    model(ids, labels=labels, skip_logits=True).loss.backward()
+    assert seen == [(*ids.shape, 67)]
+
+
 class Examples(torch.utils.data.Dataset):
     def __init__(self, **columns):
         self.columns = columns

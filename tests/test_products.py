@@ -171,7 +171,47 @@ def test_processors(cpuinfo, capability, expected, monkeypatch):
     assert not products.prefers_onednn.__wrapped__()
 
 
-def test_every_matrix_of_the_blocks_takes_this_way():
+def test_the_matrices_are_plain_linear_layers():
+    """Tools that quantise or adapt ask for exactly this class."""
     model = tiny_model("modern")
-    linears = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    assert linears == {products.MiniGPTLinear}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert {type(module) for module in linears} == {nn.Linear}
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is nn.Linear for module in quantized.modules())
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(ids).logits[..., :67], model(ids).logits[..., :67], rtol=0.1, atol=0.5)
+
+
+@needs_onednn
+def test_every_matrix_of_the_blocks_takes_this_way(onednn):
+    model = tiny_model("modern")
+    model(random_ids(2, 9))
+    # query, key, value, output, up and down, and the head
+    assert len(onednn) == 6 * len(model.model.layers) + 1
+
+
+@needs_onednn
+def test_a_layer_that_is_listened_to_or_adapted_is_called_and_takes_this_way(onednn):
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, inputs):
+            return self.base_layer(inputs) + 1
+
+    layer = nn.Linear(4, 5)
+    inputs = torch.randn(6, 4)
+    expected = layer(inputs)
+    assert not onednn
+    torch.testing.assert_close(products.project(Adapter(layer), inputs), expected + 1)
+    assert len(onednn) == 1
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(products.project(layer, inputs), expected * 2)
+    assert len(onednn) == 2
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    products.project(nn.Linear(4, 5), inputs)
+    handle.remove()
+    assert seen == [nn.Linear] and len(onednn) == 3
