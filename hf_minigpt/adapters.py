@@ -19,6 +19,8 @@ from transformers import (
 
 
 FILE = "adapter_config.json"
+# as the finetuning recipes pad a table that grows
+MULTIPLE = 64
 
 
 def is_adapter(name_or_path: str | PathLike[str]) -> bool:
@@ -82,7 +84,9 @@ def _load_merged(adapter: str | PathLike[str], **options: Any) -> Any:
             whole = AutoModelForSequenceClassification.from_pretrained(base, **config, **options)
             model: Any = peft.PeftModel.from_pretrained(whole, str(adapter))
         else:
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(str(adapter), **options)
+            whole = AutoModelForCausalLM.from_pretrained(base, **options)
+            _make_room(whole, adapter, options.get("trust_remote_code", False))
+            model = peft.PeftModel.from_pretrained(whole, str(adapter))
     except OSError as error:
         raise ValueError(
             f"model={str(adapter)!r} is an adapter of base_model_name_or_path={base!r}, which cannot be loaded: put "
@@ -92,6 +96,15 @@ def _load_merged(adapter: str | PathLike[str], **options: Any) -> Any:
     if Path(adapter, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(adapter)
     return model
+
+
+def _make_room(model: Any, adapter: str | PathLike[str], trust_remote_code: bool) -> None:
+    """The table grows as in training, where the adapter's tokenizer has more tokens than the base model."""
+    if not Path(adapter, "tokenizer_config.json").is_file():
+        return
+    num_tokens = len(AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code))
+    if num_tokens > (getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size):
+        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
 
 
 def _config(adapter: str | PathLike[str], options: dict[str, Any]) -> Any:

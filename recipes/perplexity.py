@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.data import tales
 from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.token_store import held_out_documents

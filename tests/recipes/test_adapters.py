@@ -1,5 +1,8 @@
 """An adapter's folder, given to what reads a whole model's."""
 
+import json
+import shutil
+
 import chat
 import demo
 import export
@@ -24,7 +27,7 @@ def adapter(tmp_path_factory):
     """What sft.py --lora_rank leaves: the adapter, the tokenizer with two more tokens; and what it answers."""
     folder = tmp_path_factory.mktemp("adapter")
     texts = ["what is the answer to it? the answer is in the box, and the box is here."] * 9
-    tokenizer = train_tokenizer(texts, 300, model_max_length=64, show_progress=False)
+    tokenizer = train_tokenizer(texts, 320, model_max_length=64, show_progress=False)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     tiny_model("gpt2", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -71,7 +74,7 @@ def test_recipes_take_it(adapter, tmp_path):
     assert chat.main([folder, "--prompt", "what", "--greedy", "--max_new_tokens", "3"])
     text = tmp_path / "text.txt"
     text.write_text("the answer is in the box")
-    perplexity.main([folder, "--dataset", str(text), "--split", "all"])
+    perplexity.main([folder, "--dataset", str(text), "--part", "all"])
 
 
 def test_a_space_holds_the_whole_model(adapter, tmp_path):
@@ -83,9 +86,6 @@ def test_a_space_holds_the_whole_model(adapter, tmp_path):
 
 
 def test_a_base_model_that_is_gone_is_named(adapter, tmp_path):
-    import json
-    import shutil
-
     shutil.copytree(adapter[0], tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
