@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     model_manager.ModelManager = ModelManager  # type: ignore[misc]
     utils.GenerateManager = GenerateManager  # type: ignore[misc]
     utils.CBGenerateManager = CBGenerateManager  # type: ignore[misc]
-    utils.BaseHandler._validate_request = _validate_request  # type: ignore[method-assign]
+    utils.BaseHandler._validate_request = _validate_request  # type: ignore[method-assign, assignment]
     server.build_server = build_server
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
     app.callback()(_check_installed)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.serving import check_request, fit_into_context
 from test_generation import tiny_tokenizer
 from tiny import tiny_model
@@ -204,3 +204,25 @@ def test_what_cannot_be_served_is_said_at_the_start(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(AssertionError, match="is a MiniGPTForSequenceClassification, which writes no text"):
         start(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_an_adapter_is_served_merged(checkpoints, tmp_path):
+    import openai
+    from peft import LoraConfig, get_peft_model
+
+    base = MiniGPTForCausalLM.from_pretrained(checkpoints.folder / "chat")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    checkpoints.tokenizer.save_pretrained(tmp_path)
+    ids = checkpoints.tokenizer("the cat", return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = checkpoints.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected != expected_text(checkpoints, "the cat", 12)
+    server, url = start(str(tmp_path))
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        reply = client.completions.create(model=str(tmp_path), prompt="the cat", temperature=0, max_tokens=12)
+        assert reply.choices[0].text == expected
+    finally:
+        stop(server)
