@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from .adapters import is_adapter
 from .configuration_minigpt import MiniGPTConfig
 from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 
@@ -376,6 +377,11 @@ def detect_layout(source: PathOrName) -> str:
     path = Path(source)
     if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
         return "nanogpt"
+    if is_adapter(path):
+        raise ValueError(
+            f"{source} is an adapter, not a whole model: merge it first, by `hf_minigpt.adapters.save_merged("
+            f"{str(source)!r}, folder)`."
+        )
     model_type = AutoConfig.from_pretrained(source).model_type
     layouts = {"gpt2": "gpt2", "openai-gpt": "gpt1", "nanochat": "nanochat", "minigpt": "minigpt"}
     if model_type not in layouts:

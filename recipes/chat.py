@@ -13,12 +13,11 @@ MODEL is a folder or a name on the Hub: any checkpoint whose tokenizer has a cha
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer, set_seed
 
-import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.tokenization import load_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
 
@@ -57,15 +56,6 @@ def fit(tokenizer, messages: Messages, room: int) -> tuple[Messages, list[int], 
     raise ValueError(f"the message takes {len(ids)} tokens, and the model has room for {room}: make it shorter.")
 
 
-def load_model(name: str, trust_remote_code: bool):
-    if Path(name, "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return model.merge_and_unload()
-    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
-
-
 def main(argv: Sequence[str] | None = None) -> Messages:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
@@ -90,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Messages:
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     if tokenizer.chat_template is None:
         parser.error(f"{args.model} has no chat template: finetune it first (recipes/sft.py), or use generate.py.")
-    model = load_model(args.model, args.trust_remote_code)
+    model = load_causal_lm(args.model, trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     context = model.config.max_position_embeddings
     max_new_tokens = args.max_new_tokens or min(128, context // 2)

@@ -15,13 +15,14 @@ Needs `pip install "hf_minigpt[demo]"`. It is up in ten seconds.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.adapters import is_adapter, merged, save_merged
 from hf_minigpt.publishing import page
 from hf_minigpt.training.arguments import use_all_cores
 
@@ -64,6 +65,10 @@ def place(source: str, folder: Path, name: str) -> str:
     """Where a Space finds a model: a name on the Hub, or the copy made in the Space's folder."""
     if not Path(source).is_dir():
         return source
+    if is_adapter(source):
+        # the Space has neither PEFT nor the base model
+        save_merged(source, folder / name)
+        return name
     ignored = shutil.ignore_patterns("checkpoint-*", "_*", "*.bin", "*.pt", "runs", "README.md", "*.png")
     shutil.copytree(source, folder / name, ignore=ignored)
     return name
@@ -107,7 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.space} is a Space. Next:\n  hf upload you/{args.space.name} {args.space} --repo-type space")
         return
     use_all_cores()
-    loaded = page.load_page(args.model, args.classifier, args.trust_remote_code)
+    with contextlib.ExitStack() as stack:
+        names = [
+            name and stack.enter_context(merged(name, trust_remote_code=args.trust_remote_code))
+            for name in (args.model, args.classifier)
+        ]
+        loaded = page.load_page(names[0], names[1], args.trust_remote_code)
     page.launch(page.build(loaded, title, args.prompt), server_name=args.host, server_port=args.port)
 
 

@@ -30,6 +30,7 @@ from convert import MAX_DIFFERENCE, find_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_minigpt import MiniGPTForCausalLM, conversion, export
+from hf_minigpt.adapters import merged
 
 
 STOCK = {"gpt2": conversion.to_gpt2, "nanochat": conversion.to_nanochat}
@@ -112,12 +113,18 @@ def main(argv: Sequence[str] | None = None) -> float:
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         parser.error(f"{args.output_dir} is not empty: choose another folder")
-    layout = conversion.detect_layout(args.model)
+    # an adapter's folder holds no model: from here on it is a whole one
+    with merged(args.model) as folder:
+        return export_model(parser, args, folder)
+
+
+def export_model(parser: argparse.ArgumentParser, args: argparse.Namespace, folder: str) -> float:
+    layout = conversion.detect_layout(folder)
     if layout != "minigpt":
         parser.error(f"{args.model} is in the layout of {layout}: bring it in with recipes/convert.py first")
     heads = SOURCES[args.to] if args.to in STOCK else {MiniGPTForCausalLM: MiniGPTForCausalLM}
-    model, _ = conversion.load_source(args.model, heads)
-    tokenizer = find_tokenizer(args.model)
+    model, _ = conversion.load_source(folder, heads)
+    tokenizer = find_tokenizer(folder)
 
     # beside the folder, and renamed only once it is known to be right
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")

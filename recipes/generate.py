@@ -12,18 +12,32 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer, set_seed
 
-import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.tokenization import encode_prompt, load_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
 
 
 class Stream(TextStreamer):
-    """Prints the text of several `generate` calls as one."""
+    """Prints the text of several `generate` calls as one; a character whose bytes come in two of them stays whole."""
+
+    def end(self):
+        # what is not printed yet waits for the next call
+        self.next_tokens_are_prompt = True
+
+    def finish(self):
+        """Print the rest, without a character that was not written to its end."""
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs) if self.token_cache else ""
+        self.on_finalized_text(whole_characters(text[self.print_len :]), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         print(text, end="", flush=True)
+
+
+def whole_characters(text: str) -> str:
+    """`text` without the bytes of an unfinished character at its end."""
+    return text.rstrip("\ufffd")
 
 
 def windows(length: int, max_new_tokens: int, context_length: int | None) -> Iterator[tuple[int, int]]:
@@ -68,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     if args.seed is not None:
         set_seed(args.seed)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    model = load_causal_lm(args.model, trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     config = GenerationConfig(
@@ -88,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             file=sys.stderr,
         )
     print(args.prompt, end="", flush=True)
+    stream = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for kept, max_new_tokens in windows(len(ids), args.max_new_tokens, context_length):
         window = torch.tensor([ids[-kept:]], device=model.device)
         config.max_new_tokens = max_new_tokens
@@ -95,13 +110,14 @@ def main(argv: Sequence[str] | None = None) -> str:
             window,
             attention_mask=torch.ones_like(window),
             generation_config=config,
-            streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=stream,
         )
         ids += output[0, kept:].tolist()
         if ids[-1] == tokenizer.eos_token_id:
             break
+    stream.finish()
     print()
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return whole_characters(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.data import tales
 from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.token_store import held_out_documents
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     results = {}
     for name in args.models:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        model = load_causal_lm(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         results[name] = score_texts(
             model.to(device).eval(),
             tokenizer,

@@ -1,23 +1,28 @@
 """`python -m hf_minigpt serve`, asked by the openai client over loopback."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_minigpt import MiniGPTForSequenceClassification
-from hf_minigpt.serving import fit_into_context
+from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
+from hf_minigpt.serving import check_request, fit_into_context
 from test_generation import tiny_tokenizer
 from tiny import tiny_model
 
 
 TEMPLATE = (
-    "{% for message in messages %}{{ eos_token }}{{ message['role'] }} says {{ message['content'] }}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' %}{{ raise_exception('the role tool is unknown') }}{% endif %}"
+    "{{ eos_token }}{{ message['role'] }} says {{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "the cat sat"}]
@@ -35,6 +40,50 @@ def test_a_text_ends_where_the_context_does():
         fit_into_context(GenerationConfig(), model, 9)
     with pytest.raises(ValueError, match="prompt is empty"):
         fit_into_context(GenerationConfig(), model, 0)
+
+
+HELLO = {"role": "user", "content": "hello"}
+MISTAKES = [
+    ({"messages": None}, "messages"),
+    ({"messages": "hi"}, 'messages="hi" must be a list'),
+    ({"messages": ["hi"]}, r'messages\[0\]="hi" must be an object'),
+    ({"messages": []}, "must be a list of messages"),
+    ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content=5 must be a string"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\].content=null must be a string"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "must be a string, or a list of"),
+    ({"messages": [HELLO, {"role": "miller", "content": "x"}]}, r'messages\[1\].role="miller" must be one of'),
+    ({"messages": [{"content": "x"}]}, r"messages\[0\].role=null must be one of"),
+    ({"messages": [{"role": "user", "content": "a \ud83d"}]}, r"messages\[0\].content has U\+D83D, half of"),
+    ({"messages": [HELLO], "max_tokens": "many"}, 'max_tokens="many" is no number'),
+    ({"messages": [HELLO], "max_tokens": 0}, "max_tokens=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), MISTAKES[1:])
+def test_a_client_s_mistake_is_named(body, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_request(body)
+    str(error.value).encode()
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        check_request({"prompt": "a \ud83d"})
+
+
+def test_a_developer_is_the_system():
+    body = {"messages": [{"role": "developer", "content": "Be short."}, HELLO]}
+    check_request(body)
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    check_request({"input": "hello"})
+    check_request({"input": [{"type": "input_text", "text": "hello"}]})
+
+
+def post(url: str, body) -> tuple[int, str]:
+    """Status and what OpenAI's clients show; the client itself would refuse to send some of this."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"]
 
 
 def start(*flags: str) -> tuple[subprocess.Popen, str]:
@@ -121,6 +170,18 @@ def test_openai_client(checkpoints, batching):
             client.completions.create(model=chat, prompt="cat" * 22)
         with pytest.raises(openai.BadRequestError, match=r"66 tokens, the model's context 64"):
             client.completions.create(model=chat, prompt="cat" * 22, stream=True)
+        chat_url = f"{url}/v1/chat/completions"
+        for body, message in MISTAKES:
+            status, answer = post(chat_url, {"model": chat} | body)
+            assert status == 400 and re.search(message, answer), (body, answer)
+        assert post(chat_url, {"model": chat}) == (400, "messages is missing: give what the model is to answer.")
+        assert post(chat_url, ["hi"])[0] == 400
+        assert post(f"{url}/v1/responses", {"model": chat})[0] == 400
+        status, answer = post(chat_url, {"model": chat, "messages": [{"role": "tool", "content": "x"}]})
+        assert status == 400 and "tool is unknown" in answer
+        developer = [{"role": "developer", "content": "the"}, *MESSAGES]
+        assert post(chat_url, {"model": chat, "messages": developer, "max_tokens": 2}) == (200, "")
+
         if batching == "plain":
             assert [model.id for model in client.models.list()] == [chat]
             with pytest.raises(openai.BadRequestError, match="Server is pinned to"):
@@ -143,3 +204,25 @@ def test_what_cannot_be_served_is_said_at_the_start(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(AssertionError, match="is a MiniGPTForSequenceClassification, which writes no text"):
         start(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_an_adapter_is_served_merged(checkpoints, tmp_path):
+    import openai
+    from peft import LoraConfig, get_peft_model
+
+    base = MiniGPTForCausalLM.from_pretrained(checkpoints.folder / "chat")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    checkpoints.tokenizer.save_pretrained(tmp_path)
+    ids = checkpoints.tokenizer("the cat", return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = checkpoints.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected != expected_text(checkpoints, "the cat", 12)
+    server, url = start(str(tmp_path))
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        reply = client.completions.create(model=str(tmp_path), prompt="the cat", temperature=0, max_tokens=12)
+        assert reply.choices[0].text == expected
+    finally:
+        stop(server)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
 from .. import conversion
+from ..adapters import is_adapter, merged
 from ..configuration_minigpt import MiniGPTConfig
 from ..modeling_minigpt import MiniGPTForSequenceClassification, MiniGPTPreTrainedModel
 from ..tokenization import check_tokenizer_fits, load_tokenizer
@@ -42,6 +43,7 @@ def load_base_model(
 
     A GPT-2, GPT-1, nanoGPT or NanoChat checkpoint is converted. A tokenizer without `<|endoftext|>` or `<|pad|>` gets
     them, and the token table grows where it has no rows for them; the config's special ids are then the tokenizer's.
+    An adapter's folder gives its base model with the adapter merged.
 
     Args:
         model_class: the head that is wanted. Another head's trunk is taken, and what is missing starts afresh.
@@ -55,6 +57,16 @@ def load_base_model(
     Raises:
         ValueError: a checkpoint that does not convert or is damaged, or a tokenizer that is not the model's.
     """
+    if is_adapter(name_or_path):
+        with merged(name_or_path, trust_remote_code=trust_remote_code) as folder:
+            return load_base_model(
+                model_class,
+                folder,
+                tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                **config_overrides,
+            )
     layout = conversion.detect_layout(name_or_path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if layout == "minigpt":

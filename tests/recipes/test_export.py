@@ -1,5 +1,6 @@
 """Each export runs in its own runtime, and says there what the model says."""
 
+import copy
 import math
 
 import export
@@ -8,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_minigpt import MiniGPTForSequenceClassification
@@ -169,10 +171,16 @@ def test_gguf_by_hand_and_in_llama_cpp(save, tmp_path, tokenizer, tied):
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]) == (0, 1)
 
 
-def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer):
+@pytest.mark.parametrize("begins", [True, False])
+def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, begins):
     import xllamacpp
 
-    model = save()
+    tokenizer = copy.deepcopy(tokenizer)
+    template = "<|endoftext|> $A" if begins else "$A"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<|endoftext|>", 0)]
+    )
+    model = save(tokenizer=tokenizer)
     params = xllamacpp.CommonParams()
     params.model.path = str(run(tmp_path, "gguf") / "model.gguf")
     params.cpuparams.n_threads = 1
@@ -182,8 +190,13 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer):
     text = "Once upon a time, the miller's 11 mills \n\n\tleft élan."
     request = {"prompt": text, "max_tokens": 1, "n_probs": len(tokenizer), "logit_bias": [[letter, 1e9]]}
     answer = server.handle_completions(request)
+    # end-of-text first only where the tokenizer puts it there
     ids = tokenizer(text).input_ids
-    assert ids[0] == tokenizer.bos_token_id
+    assert (ids[0] == 0) is begins
+    field = gguf.GGUFReader(tmp_path / "out/model.gguf").fields["tokenizer.ggml.add_bos_token"]
+    assert field.contents() is begins
+    saved = [(tmp_path / name / "tokenizer.json").read_text() for name in ("model", "out")]
+    assert saved[0] == saved[1]
     assert answer["usage"]["prompt_tokens"] == len(ids)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)

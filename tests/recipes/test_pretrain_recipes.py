@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.training.signals import StopSignals
 
 
@@ -228,6 +229,29 @@ def test_generate_slides_over_a_learned_table(corpus, folder, capsys):
     generate.main([str(output), "--prompt", "In the town", "--max_new_tokens", "60", "--greedy"])
     printed = capsys.readouterr()
     assert "context is 16 tokens" in printed.err
+
+
+def test_a_character_cut_by_a_window_is_printed_whole(pretrained, monkeypatch, capsys):
+    """Windows of two tokens end amid the bytes of every character; the text ends amid one."""
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    written = tokenizer("天地玄黃 👍 ", add_special_tokens=False)["input_ids"]
+    written += tokenizer("宇", add_special_tokens=False)["input_ids"][:2]
+    assert "\ufffd" in tokenizer.decode(written)
+    rest = iter(written)
+
+    def generate_next(model, ids, generation_config, streamer, **kwargs):
+        new = torch.tensor([next(rest) for _ in range(generation_config.max_new_tokens)])
+        streamer.put(ids)
+        for token in new:
+            streamer.put(token[None])
+        streamer.end()
+        return torch.cat([ids, new[None]], 1)
+
+    monkeypatch.setattr(MiniGPTForCausalLM, "generate", generate_next)
+    monkeypatch.setattr(generate, "windows", lambda length, num, context: [(1, 2)] * (num // 2) + [(1, 1)] * (num % 2))
+    text = generate.main([str(pretrained), "--prompt", "The", "--max_new_tokens", str(len(written))])
+    assert text.removeprefix("The") == "天地玄黃 👍 "
+    assert capsys.readouterr().out.rstrip("\n") == "The天地玄黃 👍 "
 
 
 def test_windows_never_pass_the_context():
