@@ -20,6 +20,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.tokenization import load_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.safeguards import allow_any_output
 
 
 Messages = list[dict[str, str]]
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Messages:
     parser.add_argument("--seed", type=int, help="for the same answers again")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
+    allow_any_output()
     if not args.greedy and args.temperature <= 0:
         parser.error(f"--temperature {args.temperature} must be above 0; for the likeliest answer use --greedy.")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:

@@ -31,6 +31,7 @@ from hf_minigpt.data import tales
 from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.token_store import held_out_documents
 from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.safeguards import allow_any_output
 from hf_minigpt.training.sliding_windows import score_texts
 
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output", type=Path, help="also write the figures into this .json file")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     args = parser.parse_args(argv)
+    allow_any_output()
 
     use_all_cores(args.cpu_threads)
     options = {"split": args.dataset_split, "text_column": args.text_column, "join_sentences": args.join_sentences}

@@ -7,25 +7,42 @@ from typing import Any
 import numpy as np
 
 
+# With more classes a confusion matrix has no numbers, names for so many of them, and one size
+MAX_NUMBERED_CLASSES = 30
+MAX_TICKS = 40
+MAX_NAME = 24
+
+
 def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path) -> None:
     """Draw how many texts of each class were taken for which.
+
+    More than `MAX_NUMBERED_CLASSES` classes are drawn in colours only, at a fixed size, with the names of at most
+    `MAX_TICKS` of them, evenly spaced.
 
     Args:
         matrix: (C, C) counts, a row for each true class, a column for each predicted one.
         names: of the C classes.
         path: of the image, whose suffix tells the format.
     """
-    size = 2.5 + 0.8 * len(names)
+    is_numbered = len(names) <= MAX_NUMBERED_CLASSES
+    size = 2.5 + 0.8 * len(names) if is_numbered else 12
     figure, axes = _figure(size, size)
     # colour by the share of the row: a rare class counts as much as a frequent one
-    axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*matrix.shape):
-        is_dark = matrix[row, column] > matrix[row].sum() / 2
-        axes.text(
-            column, row, f"{matrix[row, column]:,}", ha="center", va="center", color="white" if is_dark else "black"
-        )
-    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0, parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
+    image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    ticks = range(0, len(names), -(-len(names) // MAX_TICKS))
+    # a long name would leave no room for the matrix
+    labels = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in map(names.__getitem__, ticks)]
+    if is_numbered:
+        rotation = 30 if len(names) > 3 else 0
+        for row, column in np.ndindex(*matrix.shape):
+            is_dark = matrix[row, column] > matrix[row].sum() / 2
+            color = "white" if is_dark else "black"
+            axes.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", color=color)
+    else:
+        rotation = 90
+        figure.colorbar(image, label="share of the true class", shrink=0.6)
+    axes.set_xticks(ticks, labels, rotation=rotation, parse_math=False)
+    axes.set_yticks(ticks, labels, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.savefig(path, dpi=120)

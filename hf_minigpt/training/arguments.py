@@ -19,6 +19,8 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
+from .safeguards import allow_any_output
+
 
 DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
 
@@ -336,7 +338,7 @@ def parse(
     """Read flags into dataclasses.
 
     `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
-    a message that names it and the nearest one that exists.
+    a message that names it and the nearest one that exists. From then on the program can print any character.
 
     Args:
         dataclass_types: every field is a flag.
@@ -346,6 +348,7 @@ def parse(
     Returns:
         One object for each dataclass.
     """
+    allow_any_output()
     parser = HfArgumentParser(
         dataclass_types,
         description=description,

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.streaming import StreamedRows
 from .metrics import sample_texts
+from .safeguards import optional, printable
 
 
 class SetEpoch(TrainerCallback):
@@ -52,6 +53,8 @@ class StreamPosition(TrainerCallback):
 class PrintSample(TrainerCallback):
     """Prints what the model writes after each evaluation in training: watching it learn is half the fun.
 
+    Where that fails there is a warning, and the training goes on.
+
     Args:
         prompt: what the text begins with.
         max_new_tokens: its length, which the model's context bounds.
@@ -74,9 +77,10 @@ class PrintSample(TrainerCallback):
         is_sharded = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if is_sharded or not self.in_training or not state.is_world_process_zero:
             return
-        room = model.config.max_position_embeddings - 1 - len(self.tokenizer(self.prompt)["input_ids"])
-        max_new_tokens = min(self.max_new_tokens, room)
-        (text,) = sample_texts(
-            model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=max_new_tokens, seed=state.global_step
-        )
-        tqdm.write(f"step {state.global_step}: {text.strip()!r}")
+        with optional("printing a sample"):
+            room = model.config.max_position_embeddings - 1 - len(self.tokenizer(self.prompt)["input_ids"])
+            max_new_tokens = min(self.max_new_tokens, room)
+            (text,) = sample_texts(
+                model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=max_new_tokens, seed=state.global_step
+            )
+            tqdm.write(printable(f"step {state.global_step}: {text.strip()!r}"))

@@ -37,28 +37,29 @@ LIMITS = (
 NUM_RESAMPLES = 200
 
 
-def evaluate_pipeline(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: LabelledTexts
-) -> dict[str, float]:
+def evaluate_pipeline(model: Any, tokenizer: PreTrainedTokenizerBase, data: LabelledTexts) -> dict[str, float]:
     """Accuracy of the text-classification pipeline by evaluate's evaluator, with a bootstrap interval; {} without
     scipy, which it needs.
 
-    Texts are cut as the tokenizer does (`frame_with_end_of_text`).
+    Texts are cut as the tokenizer does (`frame_with_end_of_text`). The model may be one with PEFT's adapters.
     """
     if find_spec("scipy") is None:
         return {}
     import datasets
     import evaluate
 
+    # the evaluator takes transformers' models only: the one inside, whose layers hold the adapters
+    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
     with warnings.catch_warnings():
         # where all answers are right, or all wrong, no draw differs from another: scipy warns and gives nan
         warnings.simplefilter("ignore")
         results: Any = evaluate.evaluator("text-classification").compute(
-            model_or_pipeline=model,
+            model_or_pipeline=inner,
             tokenizer=tokenizer,
             data=datasets.Dataset.from_dict({"text": data.texts, "label": data.labels}),
             metric=load_metric("accuracy"),
-            label_mapping=model.config.label2id,
+            label_mapping=inner.config.label2id,
             strategy="bootstrap",
             n_resamples=NUM_RESAMPLES,
             random_state=0,

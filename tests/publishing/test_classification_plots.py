@@ -1,6 +1,8 @@
 """The figures are drawn, and hold the numbers they are given."""
 
+import matplotlib.image
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from hf_minigpt.publishing.classification_plots import plot_confusion_matrix, plot_reliability
@@ -30,3 +32,18 @@ def test_reliability(tmp_path, monkeypatch):
     )
     means, accuracies = axes.lines[1].get_data()
     assert np.allclose(means, [0.55, 0.85]) and np.allclose(accuracies, [1, 0.5])
+
+
+@pytest.mark.parametrize("num", [31, 77, 400])
+def test_confusion_matrix_of_many_classes_stays_small(num, tmp_path, monkeypatch):
+    path = tmp_path / "matrix.png"
+    names = [f"intent {i} " + "x" * 200 * (i == 0) for i in range(num)]
+    axes = drawn(monkeypatch, lambda: plot_confusion_matrix(np.eye(num, dtype=int), names, path))
+    assert not axes.texts and len(axes.get_xticks()) == len(axes.get_yticks()) <= 40
+    assert [label.get_text().split()[1] for label in axes.get_yticklabels()] == [
+        str(int(i)) for i in axes.get_yticks()
+    ]
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert max(height, width) <= 1500
+    # the matrix has most of the picture, whatever the names
+    assert axes.get_position().width > 0.5

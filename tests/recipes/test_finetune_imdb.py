@@ -90,13 +90,16 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
 
 def test_adapters_merged_and_not(pretrained, folder, data_flags, capsys):
     flags = [*data_flags, "--model", str(pretrained), "--num_train_epochs", "1", "--tokens_per_batch", "1024"]
-    flags += ["--lora", "true", "--optimizer", "adamw", "--pipeline_examples", "0", *QUIET]
+    flags += ["--lora", "true", "--optimizer", "adamw", "--pipeline_examples", "4", *QUIET]
     adapters, merged = folder / "adapters", folder / "merged"
     first = finetune_imdb.main([*flags, "--output_dir", str(adapters)])
     assert (adapters / "adapter_model.safetensors").is_file() and not (adapters / "model.safetensors").exists()
     assert "load_classifier" in capsys.readouterr().out
+    assert 0 <= first["test_pipeline_accuracy"] <= 1
     second = finetune_imdb.main([*flags, "--output_dir", str(merged), "--merge_lora", "true"])
     assert (merged / "model.safetensors").is_file() and first["test_loss"] == second["test_loss"]
+    # the pipeline has asked the adapters too
+    assert first["test_pipeline_accuracy"] == second["test_pipeline_accuracy"]
 
 
 @pytest.mark.parametrize("name", ["imdb.yaml", "imdb_pretrain.yaml"])
