@@ -84,7 +84,11 @@ def test_onnxruntime(model, tokenizer, nats, trained_gpt2_folder, tmp_path):
     total = count = 0
     for text in TEXTS:
         ids = its_tokenizer(text, return_tensors="pt").input_ids
-        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy(), **dict.fromkeys(names, empty)}
+        feed = {
+            "input_ids": ids.numpy(),
+            "attention_mask": torch.ones_like(ids).numpy(),
+            **dict.fromkeys(names, empty),
+        }
         logits = torch.from_numpy(session.run(["logits"], feed)[0])
         total += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1

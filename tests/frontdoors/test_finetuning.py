@@ -1,12 +1,15 @@
 """Stock trainers go on from a trained checkpoint where our own left it."""
 
+import finetune_imdb
 import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt.data import tales
+from hf_minigpt.data.reviews import load_reviews
+from test_readme import SNIPPETS
 
 
 TEXTS = [text[:300] for text in tales.tales(32, seed=2029)]
@@ -72,3 +75,23 @@ def test_trl_on_prompts_and_completions(model, tokenizer, trained_folder, tmp_pa
     expected = nats(model, rows, [len(tokenizer(prompt).input_ids) for prompt in prompts])
     loss = first_loss(trained_folder, {"prompt": prompts, "completion": completions}, tmp_path, max_length=512)
     assert loss == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_the_readme_s_classifier_is_as_good_as_the_recipe(trained_folder, tmp_path, monkeypatch):
+    splits = load_reviews()
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test"):
+        split = getattr(splits, name)
+        Dataset.from_dict({"text": split.texts, "label": split.labels}).to_csv(f"{name}.csv")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "pretrain").symlink_to(trained_folder)
+    (snippet,) = [snippet for snippet in SNIPPETS if "SequenceClassification" in snippet]
+    exec(snippet, {})
+    flags = ["--model", str(trained_folder), "--output_dir", "runs/recipe", "--save_strategy", "epoch"]
+    recipe = finetune_imdb.main([*flags, "--pipeline_examples", "0", "--disable_tqdm", "true"])
+    for folder, names in (("runs/classifier", ["LABEL_0", "LABEL_1"]), ("runs/recipe", splits.class_names)):
+        answers = pipeline("text-classification", model=folder)(splits.test.texts, batch_size=32)
+        right = [names.index(a["label"]) == label for a, label in zip(answers, splits.test.labels, strict=True)]
+        accuracy = sum(right) / len(right)
+        assert accuracy > recipe["test_accuracy"] - (0.01 if folder == "runs/classifier" else 1e-6), folder
