@@ -50,6 +50,9 @@ class MiniGPTConfig(PreTrainedConfig):
         qkv_bias, attention_out_bias, mlp_bias, lm_head_bias (`bool`): which projections have a bias.
         tie_word_embeddings (`bool`): whether the output head is the embedding table.
         final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` on the logits.
+        skip_logits (`bool`): whether training with labels computes the loss without the logits, which saves their
+            memory where the vocabulary is large. The output then has `loss` only. The `skip_logits` argument of the
+            forward pass goes first.
         residual_init (`str`): the projections that end a branch start at `initializer_range / sqrt(2 * layers)`
             (`gpt2`), at `initializer_range` (`normal`), or at zero together with an untied output head (`zero`).
         initializer_range (`float`): standard deviation of the normal initialisation.
@@ -116,6 +119,7 @@ class MiniGPTConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | int | None = None
+    skip_logits: bool = False
     residual_init: Literal["gpt2", "zero", "normal"] = "gpt2"
     initializer_range: float = 0.02
     embd_pdrop: float | int = 0.1

@@ -73,16 +73,17 @@ def test_operands_of_any_strides(onednn):
 
 
 @needs_onednn
+@pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "bigram"])
-def test_model_on_onednn_is_the_model(name, onednn):
+def test_model_on_onednn_is_the_model(name, skip_logits, onednn):
     ids = random_ids(3, 9)
     expected = tiny_model(name).train()
     with torch.backends.mkldnn.flags(enabled=False):
-        loss = expected(ids, labels=ids).loss
+        loss = expected(ids, labels=ids, skip_logits=skip_logits).loss
         loss.backward()
     assert not onednn
     model = tiny_model(name).train()
-    actual = model(ids, labels=ids).loss
+    actual = model(ids, labels=ids, skip_logits=skip_logits).loss
     actual.backward()
     assert len(onednn) > 3 * len(model.model.layers)
     torch.testing.assert_close(actual, loss, rtol=1e-5, atol=1e-5)
