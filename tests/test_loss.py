@@ -358,6 +358,24 @@ def test_the_loss_without_logits_differentiates_twice(name):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_penalty_on_the_gradient_of_the_embeddings(dtype, tolerance, checkpointing):
+    ids = random_ids(14, 11)
+    results = []
+    for model_dtype, skip_logits in ((torch.float64, False), (dtype, True)):
+        model = tiny_model("modern", attn_implementation="eager").to(model_dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False, skip_logits=skip_logits).loss
+        (slope,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+        (loss + 100 * slope.double().square().sum()).backward()
+        results.append(torch.cat([gradient.double().flatten() for gradient in gradients(model).values()]))
+    exact, actual = results
+    assert (actual - exact).norm() < tolerance * exact.norm()
+
+
 def test_a_scaled_loss_differentiates_by_its_scale():
     """The gradient's own gradient also goes to what the loss was multiplied by."""
     hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(9, 8)
