@@ -32,7 +32,13 @@ MIN_CHUNK_ROWS = 512
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[d], x[d + D/2]) of x (B, H, T, D) by its position's angle, in Llama's direction."""
+    """
+    Turn each pair (x[d], x[d + R/2]) of the first R dimensions of x (B, H, T, D) by its position's angle, in Llama's
+    direction. Cosines and sines are (B, T, R), R at most D.
+    """
+    num_turned = cos.shape[-1]
+    if num_turned < x.shape[-1]:
+        return torch.cat((apply_rotary(x[..., :num_turned], cos, sin), x[..., num_turned:]), dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, T, D) -> (B, 1, T, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -195,7 +201,7 @@ def masked_logit(dtype: torch.dtype) -> float:
     The logit of an id that does not exist: its probability is 0. It is not the lowest finite value, which divided by
     a temperature below 1 would be infinite, and an entropy of infinite logits NaN.
     """
-    return -(torch.finfo(dtype).max ** 0.75)
+    return -(torch.finfo(dtype).max ** 0.8)
 
 
 def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | None) -> torch.Tensor:

@@ -103,22 +103,27 @@ class MiniGPTRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
+        # Again, because a config may be changed after it was built.
+        config.validate_rope()
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init_fn(config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (D / 2,) of Su et al. (2021), and the factor of cosine and sine, 1."""
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        """Inverse frequencies (R / 2,) of Su et al. (2021), and the factor of cosine and sine, 1."""
+        num_turned = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, num_turned, 2, dtype=torch.float) / num_turned
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B or 1, T, D / 2)
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B or 1, T, R / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
