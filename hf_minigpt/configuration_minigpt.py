@@ -59,6 +59,9 @@ class MiniGPTConfig(PreTrainedConfig):
             with learned weights (`attention`).
         auxiliary_lm_weight (`float`): weight of the language-model loss added to the classifier's (GPT-1's lambda).
             Above 0 the classifier has a language-model head too.
+        truncation_length (`int`, *optional*): the classifier reads this many tokens of a longer text. None: all.
+        truncation (`str`): which tokens: those at its `head`, at its `tail`, or `head_tail`, a quarter of them at the
+            head. The first and the last token are always kept, since they frame the text.
 
     Raises:
         An error naming field, value and remedy where the fields contradict each other.
@@ -121,6 +124,8 @@ class MiniGPTConfig(PreTrainedConfig):
     head_mask: list[list[float | int]] | None = None
     pooling: Literal["last", "mean", "attention"] = "last"
     auxiliary_lm_weight: float | int = 0.0
+    truncation_length: int | None = None
+    truncation: Literal["head", "tail", "head_tail"] = "head"
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -166,6 +171,8 @@ class MiniGPTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive (or None, where that is allowed).")
+        if self.truncation_length is not None and self.truncation_length < 4:
+            raise ValueError(f"truncation_length={self.truncation_length} leaves no room for text: choose at least 4.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         if self.unpadded_vocab_size is not None and not 1 <= self.unpadded_vocab_size <= self.vocab_size:

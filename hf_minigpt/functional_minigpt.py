@@ -158,6 +158,37 @@ def find_text(
     )
 
 
+def num_head_tokens(truncation: str, length: int) -> int:
+    """How many of the `length` tokens that are kept of a longer text come from its beginning.
+
+    A text has one token before it and one after it, which are kept. `head_tail` takes a quarter of the others from the
+    head, as Sun et al. (2019), "How to Fine-Tune BERT for Text Classification?".
+    """
+    return {"head": length - 1, "tail": 1, "head_tail": 1 + round(0.25 * (length - 2))}[truncation]
+
+
+def truncate_texts(
+    input_ids: torch.Tensor, is_text: torch.Tensor, truncation: str, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Keep `length` tokens of each longer text of a batch and move the padding to the right.
+
+    Args:
+        input_ids: (B, T), padded on either side.
+        is_text: (B, T) bool, where there is no padding.
+        truncation: `head`, `tail` or `head_tail`.
+
+    Returns:
+        Ids (B, length) and their attention mask (B, length) int64. A text of at most `length` tokens is kept whole.
+    """
+    num_head = num_head_tokens(truncation, length)
+    rank = is_text.cumsum(-1) - 1
+    num_tail = length - num_head
+    is_kept = is_text & ((rank < num_head) | (rank >= is_text.sum(-1, keepdim=True) - num_tail))
+    order = (~is_kept).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
+    return input_ids.gather(1, order), is_kept.gather(1, order).long()
+
+
 def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | None) -> torch.Tensor:
     """
     What follows the head's matrix product: the soft cap, then the mask over ids beyond the tokenizer's.

@@ -44,6 +44,7 @@ from .functional_minigpt import (
     find_text,
     finish_logits,
     sinusoidal_embedding,
+    truncate_texts,
 )
 from .generation_minigpt import (
     CACHE_FIELD,
@@ -503,6 +504,8 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
 
     With `config.auxiliary_lm_weight` above 0 it also has a language-model head, whose loss is added (Radford et al.,
     2018): the mean over rows of each row's mean over tokens.
+
+    With `config.truncation_length` it cuts longer texts itself, so that a pipeline reads what the training read.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -546,6 +549,11 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         Raises:
             ValueError: the batch has several rows and nothing tells their padding.
         """
+        length = self.config.truncation_length
+        others = (position_ids, past_key_values, token_type_ids)
+        if length is not None and input_ids is not None and input_ids.shape[1] > length and others == (None,) * 3:
+            is_text = find_text(input_ids, input_ids, attention_mask, self.config.pad_token_id)
+            input_ids, attention_mask = truncate_texts(input_ids, is_text, self.config.truncation, length)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -76,9 +76,9 @@ def train(seed, output_dir, model_args, review_args, args, lora_args, splits) ->
     model, tokenizer = build_classifier(model_args, args, splits, review_args.truncation)
     if lora_args.lora:
         model = add_lora(model, lora_args)
+    length = model.config.truncation_length
 
     def rows(data, **options):
-        length = tokenizer.model_max_length
         return ReviewRows(data.texts, data.labels, tokenizer, length, review_args.truncation, **options)
 
     train_rows = rows(splits.train, training=True, token_dropout=args.token_dropout, seed=seed)
@@ -101,8 +101,8 @@ def train(seed, output_dir, model_args, review_args, args, lora_args, splits) ->
     metrics |= trainer.evaluate()
     trainer.test_logits = trainer.predict_logits(test_rows)
     metrics |= {f"test_{k}": v for k, v in classification_metrics(trainer.test_logits, splits.test.labels).items()}
-    metrics["test_share_truncated"] = test_rows.num_truncated / test_rows.num_reviews
-    return trainer, metrics | {"context_length": tokenizer.model_max_length}
+    metrics["test_share_truncated"] = test_rows.num_truncated / len(test_rows)
+    return trainer, metrics | {"context_length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

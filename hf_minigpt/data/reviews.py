@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..functional_minigpt import num_head_tokens
 from ..tokenization import plain_text_encoder
 from .corpora import LOADERS
 from .tale_reviews import TALE_REVIEW_LABELS, tale_reviews
@@ -19,9 +20,6 @@ from .tale_reviews import TALE_REVIEW_LABELS, tale_reviews
 
 Truncation = Literal["head", "tail", "head_tail", "windows"]
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
-
-# of head_tail, as Sun et al. (2019), "How to fine-tune BERT for text classification?", who keep 128 of 510 in front
-HEAD_SHARE = 0.25
 
 DEFAULT_NUM_TALE_REVIEWS = 6000
 DEFAULT_TEST_FRACTION = 0.2
@@ -264,6 +262,11 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
     return generator.permutation(np.concatenate(rest)), generator.permutation(np.concatenate(held_out))
 
 
+def model_truncation(truncation: Truncation) -> Literal["head", "tail", "head_tail"]:
+    """The config's `truncation` for a way of making rows: what is kept of a text in evaluation and use."""
+    return "head_tail" if truncation == "windows" else truncation
+
+
 class ReviewRows(Dataset):
     """Reviews as rows of tokens, with end-of-text before them, as in pretraining, and after them.
 
@@ -272,13 +275,13 @@ class ReviewRows(Dataset):
 
     Args:
         max_length: tokens of a row, its frame included.
-        truncation: of a longer review: its `head`, its `tail`, `head_tail` for both, a quarter in front; or `windows`:
-            in training one at random in each epoch, in evaluation all, whose logits are averaged.
+        truncation: what is kept of a longer review: its `head`, its `tail` or `head_tail`, which is what
+            `MiniGPTForSequenceClassification` keeps with the same `config.truncation`; or `windows`: a random window
+            in each epoch of the training, `head_tail` in evaluation.
         token_dropout: share of the tokens that are replaced by end-of-text, which says nothing.
         labels: None for text to be judged.
 
     Attributes:
-        owners: (number of rows,) the review that each row is of; only windows in evaluation give it several.
         lengths: (number of rows,) tokens of each row.
         num_truncated: reviews longer than a row.
     """
@@ -304,6 +307,7 @@ class ReviewRows(Dataset):
         self.max_length = max_length
         self.room = max_length - 2
         self.truncation = truncation
+        self.num_head = num_head_tokens(model_truncation(truncation), max_length) - 1
         self.training = training
         self.token_dropout = token_dropout
         self.seed = seed
@@ -316,54 +320,31 @@ class ReviewRows(Dataset):
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         sizes = np.diff(self.offsets)
         self.num_truncated = int((sizes > self.room).sum())
-        if truncation == "windows" and not training:
-            windows = np.maximum(-(-sizes // self.room), 1)
-        else:
-            windows = np.ones_like(sizes)
-        self.owners = np.repeat(np.arange(len(sizes)), windows)
-        self._windows = windows
-        # the place of a row among its review's
-        self._ranks = np.arange(len(self.owners)) - np.repeat(np.cumsum(windows) - windows, windows)
-        self.lengths = np.minimum(sizes, self.room)[self.owners] + 2
+        self.lengths = np.minimum(sizes, self.room) + 2
 
     def __len__(self) -> int:
-        return len(self.owners)
-
-    @property
-    def num_reviews(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other windows and drop other tokens."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        owner = self.owners[index]
-        tokens = self.tokens[self.offsets[owner] : self.offsets[owner + 1]]
+        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
         generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch, index])) if self.training else None
         if len(tokens) > self.room:
-            tokens = tokens[self._kept(len(tokens), index, generator)]
+            tokens = tokens[self._kept(len(tokens), generator)]
         tokens = tokens.astype(np.int64)
         if generator is not None and self.token_dropout > 0:
             tokens[generator.random(len(tokens)) < self.token_dropout] = self.eos
         item = {"input_ids": torch.from_numpy(np.concatenate([[self.eos], tokens, [self.eos]]))}
-        return item if self.labels is None else item | {"labels": int(self.labels[owner])}
+        return item if self.labels is None else item | {"labels": int(self.labels[index])}
 
-    def _kept(self, size: int, index: int, generator: np.random.Generator | None) -> Any:
-        if self.truncation == "head":
-            return slice(None, self.room)
-        if self.truncation == "tail":
-            return slice(size - self.room, None)
-        if self.truncation == "head_tail":
-            head = round(HEAD_SHARE * self.room)
-            return np.r_[:head, size - self.room + head : size]
-        if generator is not None:
+    def _kept(self, size: int, generator: np.random.Generator | None) -> Any:
+        if self.truncation == "windows" and generator is not None:
             begin = int(generator.integers(0, size - self.room, endpoint=True))
-        else:
-            # evenly spaced, the first at the beginning and the last at the end
-            count = self._windows[self.owners[index]] - 1
-            begin = round(int(self._ranks[index]) * (size - self.room) / int(count))
-        return slice(begin, begin + self.room)
+            return slice(begin, begin + self.room)
+        return np.r_[: self.num_head, size - self.room + self.num_head : size]
 
 
 def write_texts(texts: Sequence[str], path: str | Path) -> None:

@@ -54,7 +54,7 @@ On the test texts, which no step of the training has seen:
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="{name}", trust_remote_code=True)
-print(classify("{sample}", truncation=True))
+print(classify("{sample}"))
 ```
 
 The code of the model lies beside its weights, hence `trust_remote_code=True`; with `hf_minigpt` installed,

@@ -45,8 +45,9 @@ class ReviewArguments:
     truncation: Literal["head", "tail", "head_tail", "windows"] = field(
         default="head_tail",
         metadata={
-            "help": "What is kept of a text longer than context_length: its head, its tail, a quarter of the room for "
-            "the head and the rest for the tail, or windows, over which the logits are averaged."
+            "help": "What is kept of a text longer than context_length: its head, its tail, head_tail (a quarter of "
+            "the tokens from the head, the rest from the tail), or windows (a random one in training, head_tail in "
+            "use). The saved model truncates long texts in the same way by itself."
         },
     )
     write_training_texts: str | None = field(

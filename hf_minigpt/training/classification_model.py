@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from .. import conversion
 from ..configuration_minigpt import MiniGPTConfig
-from ..data.reviews import ReviewSplits, Truncation
+from ..data.reviews import ReviewSplits, Truncation, model_truncation
 from ..modeling_minigpt import MiniGPTForSequenceClassification
 from ..tokenization import load_tokenizer, train_tokenizer
 from .arguments import ModelArguments
@@ -25,15 +25,20 @@ TALE_REVIEWS_VOCAB_SIZE = 512
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
-def frame_with_end_of_text(
-    tokenizer: PreTrainedTokenizerFast, max_length: int, truncation: Truncation
-) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts end-of-text around each text, as `ReviewRows` does: what a pipeline needs.
+def frame_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that cleans a text as `clean_text` and puts end-of-text around it as `ReviewRows`.
 
-    Asked to truncate, it keeps what `ReviewRows` keeps, for `head` and `tail`; for the other two the head.
+    So a pipeline that is given a raw text reads what the training read. The tokenizer has no `model_max_length`: the
+    model cuts long texts itself (`config.truncation_length`).
     """
     frame = f"{tokenizer.eos_token} $A {tokenizer.eos_token}"
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    cleaning = [
+        normalizers.Replace(Regex(r"(?i)\s*<br\s*/?>\s*"), "\n"),
+        normalizers.Replace(Regex(r"\n{2,}"), "\n"),
+        normalizers.Strip(),
+    ]
+    backend.normalizer = normalizers.Sequence([*cleaning, *([backend.normalizer] if backend.normalizer else [])])
     backend.post_processor = TemplateProcessing(
         single=frame, special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
     )
@@ -44,9 +49,7 @@ def frame_with_end_of_text(
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         unk_token=tokenizer.unk_token,
-        model_max_length=max_length,
         padding_side="right",
-        truncation_side="left" if truncation == "tail" else "right",
         clean_up_tokenization_spaces=False,
     )
     assert len(framed) == len(tokenizer)
@@ -67,6 +70,7 @@ def build_classifier(
         "label2id": {name: number for number, name in enumerate(splits.class_names)},
         "pooling": args.pooling,
         "auxiliary_lm_weight": args.auxiliary_lm_weight,
+        "truncation": model_truncation(truncation),
     }
     if args.dropout is not None:
         fields |= {"embd_pdrop": args.dropout, "resid_pdrop": args.dropout}
@@ -100,7 +104,10 @@ def build_classifier(
         modules = [module for name, module in trunk.named_children() if name.startswith("embed")]
         for module in [*modules, *trunk.layers[: args.frozen_layers]]:
             module.requires_grad_(False)
-    return model, frame_with_end_of_text(tokenizer, length, truncation)
+    if length < 4:
+        raise ValueError(f"context_length={length} leaves no room for text: choose at least 4.")
+    model.config.truncation_length = length
+    return model, frame_with_end_of_text(tokenizer)
 
 
 def _stretch(config: MiniGPTConfig, model_args: ModelArguments) -> int:

@@ -41,7 +41,7 @@ def evaluate_pipeline(model: Any, tokenizer: PreTrainedTokenizerBase, data: Labe
     """Accuracy of the text-classification pipeline by evaluate's evaluator, with a bootstrap interval; {} without
     scipy, which it needs.
 
-    Texts are cut as the tokenizer does (`frame_with_end_of_text`). The model may be one with PEFT's adapters.
+    The model may be one with PEFT's adapters.
     """
     if find_spec("scipy") is None:
         return {}
@@ -80,7 +80,7 @@ def describe_data(splits: ReviewSplits, train_rows: ReviewRows, test_rows: Revie
         f"{len(splits.train):,} texts to train on, {len(splits.validation):,} to choose the best epoch, "
         f"{len(splits.test):,} to test; {splits.num_duplicates} duplicates left out, {splits.num_across} of them test "
         f"texts; {splits.num_without_label} rows without a label left out. {train_rows.lengths.sum():,} tokens an "
-        f"epoch; {test_rows.num_truncated / test_rows.num_reviews:.1%} of the test texts are longer than "
+        f"epoch; {test_rows.num_truncated / len(test_rows):.1%} of the test texts are longer than "
         f"{test_rows.max_length} tokens: of these, {test_rows.truncation}."
     )
 
@@ -104,7 +104,7 @@ def ask_command(folder: str, lora_args: LoraArguments, text: str) -> str:
     if lora_args.lora and not lora_args.merge_lora:
         load = "from hf_minigpt.training.classification_model import load_classifier"
         what = f"model=load_classifier({folder!r}), tokenizer={folder!r}"
-    asked = f'pipeline("text-classification", {what})({text!r}, truncation=True)'
+    asked = f'pipeline("text-classification", {what})({text!r})'
     return f"python -c {shlex.quote(f'{load}; from transformers import pipeline; print({asked})')}"
 
 

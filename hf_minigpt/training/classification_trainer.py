@@ -30,8 +30,7 @@ def predict_logits(
 ) -> torch.Tensor:
     """Logits (number of reviews, C) of all reviews, in their order, float32 on the CPU.
 
-    Rows are read sorted by length, shared out over the processes of `accelerator`; where a review has several
-    (windows), their logits are averaged.
+    Rows are read sorted by length, shared out over the processes of `accelerator`.
     """
     accelerator = accelerator or Accelerator()
     was_training = model.training
@@ -49,10 +48,10 @@ def predict_logits(
             results.append((indices, logits.float().cpu().numpy()))
     model.train(was_training)
     gathered = gather_object(results)
-    sums = np.zeros((rows.num_reviews, gathered[0][1].shape[1]))
+    results_in_order = np.empty((len(rows), gathered[0][1].shape[1]), np.float32)
     for indices, logits in gathered:
-        np.add.at(sums, rows.owners[indices], logits)
-    return torch.from_numpy(sums / np.bincount(rows.owners)[:, None]).float()
+        results_in_order[indices] = logits
+    return torch.from_numpy(results_in_order)
 
 
 def classification_optimizer(args: ClassificationArguments) -> tuple[type, dict[str, Any]] | None:

@@ -59,7 +59,6 @@ class RandomReviews(ReviewRows):
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.tokens = generator.integers(300, vocab_size, self.offsets[-1]).astype(np.int32)
         self.labels = generator.integers(2, size=num_reviews)
-        self.owners = np.arange(num_reviews)
         self.lengths = sizes + 2
 
 

@@ -11,10 +11,12 @@ from hf_minigpt.data.reviews import (
     ReviewRows,
     clean_text,
     load_reviews,
+    model_truncation,
     stratified_split,
     text_key,
     write_texts,
 )
+from hf_minigpt.functional_minigpt import truncate_texts
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.classification_model import frame_with_end_of_text
 
@@ -168,19 +170,22 @@ def rows(texts, tokenizer, length, truncation="head", **options):
     return ReviewRows(texts, [1] * len(texts), tokenizer, length, truncation, **options)
 
 
-@pytest.mark.parametrize("truncation", ["head", "tail"])
-def test_rows_are_what_the_saved_tokenizer_gives_a_pipeline(tokenizer, truncation, tmp_path):
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
+def test_rows_are_what_the_saved_tokenizer_and_the_model_read(tokenizer, truncation, padding_side, tmp_path):
     length = 20
-    framed = frame_with_end_of_text(tokenizer, length, truncation)
+    framed = frame_with_end_of_text(tokenizer)
     framed.save_pretrained(tmp_path)
-    framed = type(framed).from_pretrained(tmp_path)
-    texts = ["", "short", LONG, "ends with <|endoftext|>"[:9]]
-    data = rows(texts, tokenizer, length, truncation)
-    for i, text in enumerate(texts):
-        assert data[i]["input_ids"].tolist() == framed(text, truncation=True)["input_ids"], text
+    framed = type(framed).from_pretrained(tmp_path, padding_side=padding_side)
+    raw = ["", "short", LONG, " a<br /><BR>\n\nb<br>c\n\n\n d\t", " ".join(["w1"] * 7)]
+    data = rows([clean_text(text) for text in raw], tokenizer, length, truncation)
+    batch = framed(raw, padding=True, return_tensors="pt")
+    kept, mask = truncate_texts(batch.input_ids, batch.attention_mask != 0, model_truncation(truncation), length)
+    for i, text in enumerate(raw):
+        assert data[i]["input_ids"].tolist() == kept[i][mask[i] != 0].tolist(), text
         assert data[i]["labels"] == 1
-    assert data.lengths.tolist() == [len(data[i]["input_ids"]) for i in range(4)]
-    assert data.num_truncated == 1 and data.lengths.max() == length
+    assert data.lengths.tolist() == [len(data[i]["input_ids"]) for i in range(len(raw))]
+    assert data.num_truncated == 2 and data.lengths.max() == length
 
 
 def test_head_and_tail(tokenizer):
@@ -189,19 +194,8 @@ def test_head_and_tail(tokenizer):
     assert row == [tokenizer.eos_token_id, *ids[:5], *ids[-15:], tokenizer.eos_token_id]
 
 
-def test_windows_cover_a_review_in_evaluation_and_wander_in_training(tokenizer):
-    ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
+def test_windows_wander_in_training(tokenizer):
     texts = ["short", LONG, "other"]
-    data = rows(texts, tokenizer, 22, "windows")
-    count = -(-len(ids) // 20)
-    assert data.owners.tolist() == [0, *[1] * count, 2]
-    starts = []
-    for i in range(1, 1 + count):
-        window = data[i]["input_ids"][1:-1].tolist()
-        starts.append(next(k for k in range(len(ids)) if ids[k : k + 20] == window))
-    assert starts[0] == 0 and starts[-1] == len(ids) - 20
-    assert max(np.diff(starts)) <= 20
-
     train = rows(texts, tokenizer, 22, "windows", training=True, seed=3)
     assert len(train) == 3
     seen = set()

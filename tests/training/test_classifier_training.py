@@ -7,11 +7,11 @@ import pytest
 import sklearn.metrics
 import torch
 from scipy.stats import binomtest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 from hf_minigpt import MiniGPTForSequenceClassification
 from hf_minigpt.data.batching import ReviewCollator
-from hf_minigpt.data.reviews import LabelledTexts, ReviewRows, ReviewSplits
+from hf_minigpt.data.reviews import LabelledTexts, ReviewRows, ReviewSplits, clean_text, model_truncation
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.classification_arguments import ClassificationArguments, LoraArguments, ReviewArguments
@@ -44,9 +44,7 @@ LENGTH = 24
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return frame_with_end_of_text(
-        train_tokenizer(TEXTS, 320, model_max_length=LENGTH, show_progress=False), 24, "head"
-    )
+    return frame_with_end_of_text(train_tokenizer(TEXTS, 320, model_max_length=LENGTH, show_progress=False))
 
 
 def classifier(tokenizer, name="modern", **options):
@@ -77,28 +75,33 @@ def trainer_of(folder, tokenizer, model=None, rows=None, **options):
 @pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
 def test_predictions_are_those_of_each_review_alone_and_left_padded(tokenizer, name, pooling):
-    model = classifier(tokenizer, name, pooling=pooling)
+    model = classifier(tokenizer, name, pooling=pooling, truncation_length=LENGTH)
     rows = ReviewRows(TEXTS, None, tokenizer, LENGTH)
     together = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
     alone = torch.cat([model(rows[i]["input_ids"][None]).logits for i in range(40)])
     torch.testing.assert_close(together, alone.detach(), rtol=1e-4, atol=1e-4)
     tokenizer.padding_side = "left"
-    batch = tokenizer(TEXTS, truncation=True, padding=True, return_tensors="pt")
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     tokenizer.padding_side = "right"
     assert (batch["attention_mask"][:, 0] == 0).any()
     left = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(together, left.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_windows_are_averaged(tokenizer):
-    model = classifier(tokenizer)
-    texts = ["good", "bad film " * 20]
-    rows = ReviewRows(texts, None, tokenizer, 10, "windows")
-    assert len(rows) > 3
-    logits = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 40)
-    windows = [model(rows[i]["input_ids"][None]).logits[0] for i in range(len(rows))]
-    torch.testing.assert_close(logits[1], torch.stack(windows[1:]).mean(0).detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[0], windows[0].detach(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
+@pytest.mark.parametrize("name", ["modern", "gpt2"])
+def test_a_stock_pipeline_reads_long_texts_as_the_training_did(tokenizer, tmp_path, name, truncation):
+    model = classifier(tokenizer, name, truncation_length=LENGTH, truncation=model_truncation(truncation))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["good", "bad <br /> film " * 20, "a good film " * 9, "  bad\n\n"]
+    rows = ReviewRows([clean_text(text) for text in texts], None, tokenizer, LENGTH, truncation)
+    expected = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 40)
+    classify = pipeline("text-classification", model=str(tmp_path), top_k=None, function_to_apply="none")
+    for answers in (classify(texts, batch_size=4), classify(texts), classify(texts, truncation=True)):
+        given = [{answer["label"]: answer["score"] for answer in answer} for answer in answers]
+        given = torch.tensor([[scores[model.config.id2label[i]] for i in range(2)] for scores in given])
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
 def loss_of_one(model, row, adversarial_share=0.0):
@@ -204,12 +207,12 @@ def test_built_classifiers(tmp_path):
     overrides = ["hidden_size=32", "num_attention_heads=2", "num_hidden_layers=3"]
     model_args = ModelArguments(vocab_size=320, context_length=40, config_overrides=overrides)
     args = arguments(tmp_path, frozen_layers=2, dropout=0.3, attention_dropout=0.2, pooling="last")
-    model, tokenizer = build_classifier(model_args, args, SPLITS, "tail")
+    model, _ = build_classifier(model_args, args, SPLITS, "tail")
     config = model.config
     assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
     assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.3, 0.3, 0.2)
     assert (config.pooling, config.max_position_embeddings) == ("last", 40)
-    assert (tokenizer.model_max_length, tokenizer.truncation_side) == (40, "left")
+    assert (config.truncation_length, config.truncation) == (40, "tail")
     assert model.lm_head is None
     frozen = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad and "layers" in name}
     assert frozen == {"0", "1"} and not model.model.embed_tokens.weight.requires_grad
@@ -229,7 +232,7 @@ def test_from_a_gpt2(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     model, framed = build_classifier(ModelArguments(model=str(tmp_path)), arguments(tmp_path / "o"), SPLITS, "head")
     torch.testing.assert_close(model.model.embed_tokens.weight, gpt2.transformer.wte.weight)
-    assert model.config.id2label == {0: "no", 1: "yes"} and framed.model_max_length == 32
+    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.truncation_length == 32
     assert framed("a bad")["input_ids"][0] == framed("a bad")["input_ids"][-1] == framed.eos_token_id
     with pytest.raises(ValueError, match="32 learned positions"):
         build_classifier(ModelArguments(model=str(tmp_path), context_length=64), arguments(tmp_path), SPLITS, "head")
