@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from hf_minigpt.data import tales
 from hf_minigpt.data.token_store import prepare_corpus
@@ -32,7 +33,7 @@ from hf_minigpt.presets import BABY_RUNGS, baby_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import train_character_tokenizer
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, parse, use_all_cores
 from hf_minigpt.training.climbing import LadderArguments, climb
 from hf_minigpt.training.metrics import decode_documents
 from hf_minigpt.training.safeguards import optional, written
@@ -53,7 +54,7 @@ class RungArguments:
         default_factory=lambda: ["num_hidden_layers=6"],
         metadata={"help": "Fields of MiniGPTConfig over the preset's. Default: num_hidden_layers=6."},
     )
-    eval_batches: int = field(
+    eval_batches: Annotated[int, COUNT] = field(
         default=100, metadata={"help": "An evaluation averages over so many training batches of each split."}
     )
 

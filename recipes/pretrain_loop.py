@@ -69,7 +69,11 @@ def check_loop_possible(args: PretrainArguments) -> None:
     """Refuse flags that this loop does not follow."""
     for name in ("eval_strategy", "save_strategy"):
         if getattr(args, name) not in ("no", "steps"):
-            raise ValueError(f"{name}={str(getattr(args, name))!r}: this loop counts steps; choose steps or no.")
+            raise ValueError(f"{name}={getattr(args, name).value!r}: this loop counts steps; choose steps or no.")
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} needs the Trainer's evaluations; choose another."
+        )
     if args.optimizer == "trainer":
         raise ValueError("optimizer='trainer': this loop has no Trainer; choose muon or adamw.")
     for name in ("load_best_model_at_end", "auto_find_batch_size", "torch_compile", "neftune_noise_alpha"):
@@ -109,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_steps = int(args.num_train_epochs * len(rows) / rows_per_step)
-    num_steps = args.max_steps if args.max_steps > 0 else max(num_steps, 1)
+    if args.max_steps > 0:
+        num_steps = args.max_steps
+    elif num_steps == 0:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs} of {len(rows)} rows are less than one step of {rows_per_step}: "
+            "choose a smaller per_device_train_batch_size or gradient_accumulation_steps, or set max_steps."
+        )
     warmup_steps, scheduler_kwargs = args.get_warmup_steps(num_steps), args.scheduler_kwargs(num_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, scheduler_kwargs)
     # the scheduler stays ours: accelerate would step a prepared one once for every process
