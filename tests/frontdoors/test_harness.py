@@ -85,7 +85,10 @@ def test_lm_eval(trained_folder, tmp_path):
     (tasks / "endings.yaml").write_text(CHOICE.format(folder=tasks))
 
     command = [sys.executable, "-I", "-c", LM_EVAL, "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
-    command += ["--model_args", f"pretrained={trained_folder},trust_remote_code=True,dtype=float32,add_bos_token=False"]
+    command += [
+        "--model_args",
+        f"pretrained={trained_folder},trust_remote_code=True,dtype=float32,add_bos_token=False",
+    ]
     command += ["--include_path", str(tasks), "--tasks", "tale_bytes,tale_endings", "--output_path", str(output)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_MODULES_CACHE", None)
