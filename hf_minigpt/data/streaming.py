@@ -26,10 +26,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..atomic import made_at_once
 from ..tokenization import tokenizer_fingerprint
 from .corpora import Documents, ShardedDocuments
 from .rows import Row, RowBatch
-from .token_store import TokenStore, TokenStoreWriter, made_at_once, tokenize
+from .token_store import TokenStore, TokenStoreWriter, tokenize
 
 
 # Chunks of rows, of about 60,000 tokens each, that are made before they are asked for.

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from ..atomic import made_at_once
 from ..tokenization import plain_text_encoder, splits_before_spaces, tokenizer_fingerprint
 from .corpora import Documents
 
@@ -232,25 +231,6 @@ def prepare_corpus(
         num_empty=manifest["num_empty"],
         folder=folder,
     )
-
-
-@contextlib.contextmanager
-def made_at_once(folder: Path) -> Iterator[Path]:
-    """Write a folder's files into the folder that this gives: others see all of them, or no folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield work
-        # mkdtemp's folder is for its owner alone, but a cache may be shared
-        work.chmod(0o755)
-        try:
-            os.replace(work, folder)
-        except OSError:
-            # another process was first, and did the same work
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_corpus(

@@ -1,9 +1,6 @@
 """From flags to the things that a pretraining loop needs: text, tokenizer, model, rows."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Container, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from ..atomic import made_at_once
 from ..configuration_minigpt import MiniGPTConfig
 from ..data.corpora import Documents, ShardedDocuments, load_documents, stream_documents
 from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
@@ -181,15 +179,8 @@ def training_rows(
 
 def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:
     tokenizer = train_tokenizer(documents, vocab_size, model_max_length=length)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # renamed when whole: other processes see all of it or nothing
-    work = tempfile.mkdtemp(dir=folder.parent)
-    tokenizer.save_pretrained(work)
-    try:
-        os.replace(work, folder)
-    except OSError:
-        # another process was first
-        shutil.rmtree(work)
+    with made_at_once(folder) as work:
+        tokenizer.save_pretrained(work)
 
 
 def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTConfig:
