@@ -259,8 +259,25 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | Non
     if chat_format != "roles":
         return 0
     before = len(tokenizer)
-    tokenizer.add_special_tokens({"extra_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
+    _add_special_tokens(tokenizer, {"extra_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
     return len(tokenizer) - before
+
+
+def _add_special_tokens(tokenizer: Any, tokens: dict[str, Any], **options: Any) -> None:
+    """`tokenizer.add_special_tokens`, but never with an id that another token has.
+
+    The tokenizers library gives a new token the number of tokens as its id, which is taken where there are holes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    names = [name for value in tokens.values() for name in ([value] if isinstance(value, str) else value)]
+    new = [name for name in dict.fromkeys(names) if name not in vocabulary]
+    if new and len(set(vocabulary.values())) < num_ids(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        description = json.loads(backend.to_str())
+        # a token that the model itself has keeps the id that it has there
+        description["model"]["vocab"] |= {name: i for i, name in enumerate(new, num_ids(tokenizer))}
+        backend.model = Tokenizer.from_str(json.dumps(description)).model
+    tokenizer.add_special_tokens(tokens, **options)
 
 
 def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -289,7 +306,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
     """What every tokenizer of this package has, trained or loaded: the one place for it."""
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
+        _add_special_tokens(tokenizer, {"pad_token": PAD})
     # transformers 4 turns it on where the saved file says nothing: decoding then eats spaces before punctuation
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
@@ -332,7 +349,7 @@ def load_tokenizer(
             "library first"
         )
     if tokenizer.eos_token is None and add_end_of_text:
-        tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+        _add_special_tokens(tokenizer, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     if tokenizer.eos_token is None:
         raise ValueError(
             f"tokenizer {name_or_path} has no eos_token, which separates documents; set one and save it again"
@@ -340,9 +357,17 @@ def load_tokenizer(
     return _with_our_conventions(tokenizer, model_max_length)
 
 
-def padded_vocab_size(tokenizer: PreTrainedTokenizerFast, multiple: int = 64) -> int:
-    """The rows of a model's token table for this tokenizer: its size rounded up to a multiple."""
-    return -(-len(tokenizer) // multiple) * multiple
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1: what a model's token table needs.
+
+    `len(tokenizer)` counts tokens, which are fewer where ids are reserved or left out.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
+    """The rows of a model's token table for this tokenizer: `num_ids` rounded up to a multiple."""
+    return -(-num_ids(tokenizer) // multiple) * multiple
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTConfig") -> None:
@@ -351,19 +376,20 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTCon
     Raises:
         ValueError: an id outside the model's table, another number of real ids, or other special tokens.
     """
-    largest_id = max(tokenizer.get_vocab().values())
-    if largest_id >= config.vocab_size:
+    ids = num_ids(tokenizer)
+    if ids > config.vocab_size:
         raise ValueError(
-            f"the tokenizer's ids reach {largest_id}, the model's vocab_size is {config.vocab_size}; load the "
+            f"the tokenizer's ids reach {ids - 1}, the model's vocab_size is {config.vocab_size}; load the "
             "tokenizer saved with the model, or call "
             f"model.resize_token_embeddings({padded_vocab_size(tokenizer)})"
         )
     real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
-    if real_ids != len(tokenizer):
+    if real_ids != ids:
+        reach = "" if len(tokenizer) == ids else f" with ids up to {ids - 1}"
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model was made for {real_ids} (unpadded_vocab_size of "
-            f"{config.vocab_size}); load the tokenizer saved with the model, or set "
-            f"config.unpadded_vocab_size={len(tokenizer)} before training"
+            f"the tokenizer has {len(tokenizer)} tokens{reach}, the model was made for {real_ids} "
+            f"(unpadded_vocab_size of {config.vocab_size}); load the tokenizer saved with the model, or set "
+            f"config.unpadded_vocab_size={ids} before training"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         in_config, in_tokenizer = getattr(config, name), getattr(tokenizer, name)

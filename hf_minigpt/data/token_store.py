@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..atomic import made_at_once
-from ..tokenization import plain_text_encoder, splits_before_spaces, tokenizer_fingerprint
+from ..tokenization import num_ids, plain_text_encoder, splits_before_spaces, tokenizer_fingerprint
 from .corpora import Documents
 
 
@@ -246,7 +246,7 @@ def _write_corpus(
         texts = _split_single(next(texts)[0], 1 - details["validation_fraction"], documents.name)
 
     eos_token_id = tokenizer.eos_token_id
-    writers = [TokenStoreWriter(work / name, eos_token_id, len(tokenizer)) for name in ("train", "validation")]
+    writers = [TokenStoreWriter(work / name, eos_token_id, num_ids(tokenizer)) for name in ("train", "validation")]
     with tqdm(total=num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
         for pieces, encoded in tokenize(texts, tokenizer, num_workers):
             for piece, ids in zip(pieces, encoded, strict=True):
@@ -377,7 +377,7 @@ def tokenize(
     """
     encoder = plain_text_encoder(tokenizer)
     cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
-    dtype = ids_dtype(len(tokenizer))
+    dtype = ids_dtype(num_ids(tokenizer))
 
     def encode(pieces: list[Piece]) -> list[np.ndarray]:
         encodings = encoder.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)

@@ -18,7 +18,7 @@ from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sampl
 from ..data.token_store import PreparedCorpus, prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..presets import preset
-from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
+from ..tokenization import check_tokenizer_fits, load_tokenizer, num_ids, padded_vocab_size, train_tokenizer
 from .arguments import DataArguments, ModelArguments, PretrainArguments
 from .sealing import MANIFEST, verify_checkpoint
 
@@ -187,10 +187,10 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Mi
     """The configuration of a model for this tokenizer."""
     if args.model is not None:
         return _checkpoint_config(args)
-    table = padded_vocab_size(tokenizer)
+    table, ids = padded_vocab_size(tokenizer), num_ids(tokenizer)
     fields = {
         "vocab_size": table,
-        "unpadded_vocab_size": len(tokenizer) if len(tokenizer) < table else None,
+        "unpadded_vocab_size": ids if ids < table else None,
         "max_position_embeddings": context_length(args),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
