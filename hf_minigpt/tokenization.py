@@ -9,7 +9,7 @@ stop.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,47 @@ PUNCTUATION = r"--|[,.:;?_!\"()']"
 # The signs that lose the space before them in decoding: in the tokenizer without an unknown token, and with one
 REJOINED = {False: ",.?!\"()'", True: ",.:;?!\"()'"}
 
+# A document: its text, or the pieces that this is made of.
+Text = str | Iterable[str]
+
+# Characters of a piece that a long document is handed on in: memory stays bounded however long a book is.
+PIECE_LENGTH = 1 << 16
+# Python's \s holds a few control characters more than the tokenizers': both agree on the two sides of this
+_CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
+
+
+def cut_before_spaces(text: Text, length: int) -> Iterator[str]:
+    """Cut a long text where GPT-2's pre-tokenization separates words anyway (`splits_before_spaces`).
+
+    Args:
+        text: whole or in pieces, cut anywhere.
+        length: of the pieces, about, in characters; a text without spaces stays whole.
+
+    Returns:
+        One piece or more.
+    """
+    rest, searched = "", 0
+    for part in (text,) if isinstance(text, str) else text:
+        rest += part
+        start = 0
+        while match := _CUT.search(rest, max(start + length, searched)):
+            yield rest[start : match.start()]
+            start = match.start()
+        rest = rest[start:]
+        # the next part may begin with a space
+        searched = max(len(rest) - 1, 0)
+    yield rest
+
+
+def _pieces(texts: Iterable[Text]) -> Iterator[str]:
+    """All the text of a corpus in pieces. Pre-tokenization takes some 85 times the memory of what it is given."""
+    # `Documents` read a long file piece by piece, if asked
+    documents = getattr(texts, "in_pieces", texts.__iter__)()
+    return (piece for text in documents for piece in cut_before_spaces(text, PIECE_LENGTH))
+
 
 def train_tokenizer(
-    texts: Iterable[str],
+    texts: Iterable[Text],
     vocab_size: int,
     *,
     model_max_length: int,
@@ -51,7 +89,7 @@ def train_tokenizer(
     """Train a byte-level BPE with GPT-2's pre-tokenization: every string encodes, and decodes to itself.
 
     Args:
-        texts: documents; read once, only word counts are kept in memory.
+        texts: documents, each whole or in pieces; read once, only word counts are kept in memory.
         vocab_size: entries, special tokens included. A text too small to yield that many merges gives a smaller
             tokenizer: size the model's table with `padded_vocab_size`.
         model_max_length: the model's context, in tokens.
@@ -76,12 +114,12 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_pieces(texts), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
 
 
-def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_character_tokenizer(texts: Iterable[Text], *, model_max_length: int) -> PreTrainedTokenizerFast:
     """One token for each character (Unicode code point) of `texts`, in their order, after the special tokens.
 
     Text of these characters decodes to itself. Any other character is `<|unk|>`, so that a prompt is never refused.
@@ -91,8 +129,8 @@ def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) ->
         model_max_length: the model's context, in characters.
     """
     alphabet: set[str] = set()
-    for text in texts:
-        alphabet.update(text)
+    for piece in _pieces(texts):
+        alphabet.update(piece)
     vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, UNKNOWN, *sorted(alphabet)])}
     # a BPE without merges: its tokens stay single characters
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, fuse_unk=False))
@@ -104,7 +142,7 @@ def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) ->
 
 
 def train_word_tokenizer(
-    texts: Iterable[str], *, model_max_length: int, unknown_token: bool = True
+    texts: Iterable[Text], *, model_max_length: int, unknown_token: bool = True
 ) -> PreTrainedTokenizerFast:
     """The word-level tokenizers of Raschka's *Build a Large Language Model (From Scratch)*, chapter 2, with his ids.
 
@@ -127,8 +165,8 @@ def train_word_tokenizer(
         ]
     )
     words: set[str] = set()
-    for text in texts:
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    for piece in _pieces(texts):
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(piece))
     special = [END_OF_TEXT, UNKNOWN] if unknown_token else [END_OF_TEXT]
     tokens = [*sorted(words - {END_OF_TEXT, UNKNOWN, PAD}), *special]
     tokenizer.model = models.WordLevel(vocab={token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)

@@ -105,7 +105,7 @@ class DataArguments:
         default=False, metadata={"help": "The rows are sentences (classic BookCorpus): join them into documents."}
     )
     max_documents: int | None = field(default=None, metadata={"help": "Use only the first documents."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents that is held out."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the text that is held out."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out documents."})
     rows: Literal["aligned", "continuous"] = field(
         default="aligned",
