@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .tokenization import num_ids
+
 
 FILE = "adapter_config.json"
 # as the finetuning recipes pad a table that grows
@@ -102,7 +104,7 @@ def _make_room(model: Any, adapter: str | PathLike[str], trust_remote_code: bool
     """The table grows as in training, where the adapter's tokenizer has more tokens than the base model."""
     if not Path(adapter, "tokenizer_config.json").is_file():
         return
-    num_tokens = len(AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code))
+    num_tokens = num_ids(AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code))
     if num_tokens > (getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size):
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
 

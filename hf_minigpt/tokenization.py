@@ -9,7 +9,7 @@ stop.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,47 @@ PUNCTUATION = r"--|[,.:;?_!\"()']"
 # The signs that lose the space before them in decoding: in the tokenizer without an unknown token, and with one
 REJOINED = {False: ",.?!\"()'", True: ",.:;?!\"()'"}
 
+# A document: its text, or the pieces that this is made of.
+Text = str | Iterable[str]
+
+# Characters of a piece that a long document is handed on in: memory stays bounded however long a book is.
+PIECE_LENGTH = 1 << 16
+# Python's \s holds a few control characters more than the tokenizers': both agree on the two sides of this
+_CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
+
+
+def cut_before_spaces(text: Text, length: int) -> Iterator[str]:
+    """Cut a long text where GPT-2's pre-tokenization separates words anyway (`splits_before_spaces`).
+
+    Args:
+        text: whole or in pieces, cut anywhere.
+        length: of the pieces, about, in characters; a text without spaces stays whole.
+
+    Returns:
+        One piece or more.
+    """
+    rest, searched = "", 0
+    for part in (text,) if isinstance(text, str) else text:
+        rest += part
+        start = 0
+        while match := _CUT.search(rest, max(start + length, searched)):
+            yield rest[start : match.start()]
+            start = match.start()
+        rest = rest[start:]
+        # the next part may begin with a space
+        searched = max(len(rest) - 1, 0)
+    yield rest
+
+
+def _pieces(texts: Iterable[Text]) -> Iterator[str]:
+    """All the text of a corpus in pieces. Pre-tokenization takes some 85 times the memory of what it is given."""
+    # `Documents` read a long file piece by piece, if asked
+    documents = getattr(texts, "in_pieces", texts.__iter__)()
+    return (piece for text in documents for piece in cut_before_spaces(text, PIECE_LENGTH))
+
 
 def train_tokenizer(
-    texts: Iterable[str],
+    texts: Iterable[Text],
     vocab_size: int,
     *,
     model_max_length: int,
@@ -51,7 +89,7 @@ def train_tokenizer(
     """Train a byte-level BPE with GPT-2's pre-tokenization: every string encodes, and decodes to itself.
 
     Args:
-        texts: documents; read once, only word counts are kept in memory.
+        texts: documents, each whole or in pieces; read once, only word counts are kept in memory.
         vocab_size: entries, special tokens included. A text too small to yield that many merges gives a smaller
             tokenizer: size the model's table with `padded_vocab_size`.
         model_max_length: the model's context, in tokens.
@@ -76,12 +114,12 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_pieces(texts), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
 
 
-def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_character_tokenizer(texts: Iterable[Text], *, model_max_length: int) -> PreTrainedTokenizerFast:
     """One token for each character (Unicode code point) of `texts`, in their order, after the special tokens.
 
     Text of these characters decodes to itself. Any other character is `<|unk|>`, so that a prompt is never refused.
@@ -91,8 +129,8 @@ def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) ->
         model_max_length: the model's context, in characters.
     """
     alphabet: set[str] = set()
-    for text in texts:
-        alphabet.update(text)
+    for piece in _pieces(texts):
+        alphabet.update(piece)
     vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, UNKNOWN, *sorted(alphabet)])}
     # a BPE without merges: its tokens stay single characters
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, fuse_unk=False))
@@ -104,7 +142,7 @@ def train_character_tokenizer(texts: Iterable[str], *, model_max_length: int) ->
 
 
 def train_word_tokenizer(
-    texts: Iterable[str], *, model_max_length: int, unknown_token: bool = True
+    texts: Iterable[Text], *, model_max_length: int, unknown_token: bool = True
 ) -> PreTrainedTokenizerFast:
     """The word-level tokenizers of Raschka's *Build a Large Language Model (From Scratch)*, chapter 2, with his ids.
 
@@ -127,8 +165,8 @@ def train_word_tokenizer(
         ]
     )
     words: set[str] = set()
-    for text in texts:
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    for piece in _pieces(texts):
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(piece))
     special = [END_OF_TEXT, UNKNOWN] if unknown_token else [END_OF_TEXT]
     tokens = [*sorted(words - {END_OF_TEXT, UNKNOWN, PAD}), *special]
     tokenizer.model = models.WordLevel(vocab={token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
@@ -259,8 +297,25 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | Non
     if chat_format != "roles":
         return 0
     before = len(tokenizer)
-    tokenizer.add_special_tokens({"extra_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
+    _add_special_tokens(tokenizer, {"extra_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
     return len(tokenizer) - before
+
+
+def _add_special_tokens(tokenizer: Any, tokens: dict[str, Any], **options: Any) -> None:
+    """`tokenizer.add_special_tokens`, but never with an id that another token has.
+
+    The tokenizers library gives a new token the number of tokens as its id, which is taken where there are holes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    names = [name for value in tokens.values() for name in ([value] if isinstance(value, str) else value)]
+    new = [name for name in dict.fromkeys(names) if name not in vocabulary]
+    if new and len(set(vocabulary.values())) < num_ids(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        description = json.loads(backend.to_str())
+        # a token that the model itself has keeps the id that it has there
+        description["model"]["vocab"] |= {name: i for i, name in enumerate(new, num_ids(tokenizer))}
+        backend.model = Tokenizer.from_str(json.dumps(description)).model
+    tokenizer.add_special_tokens(tokens, **options)
 
 
 def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -289,7 +344,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
     """What every tokenizer of this package has, trained or loaded: the one place for it."""
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
+        _add_special_tokens(tokenizer, {"pad_token": PAD})
     # transformers 4 turns it on where the saved file says nothing: decoding then eats spaces before punctuation
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
@@ -332,7 +387,7 @@ def load_tokenizer(
             "library first"
         )
     if tokenizer.eos_token is None and add_end_of_text:
-        tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+        _add_special_tokens(tokenizer, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     if tokenizer.eos_token is None:
         raise ValueError(
             f"tokenizer {name_or_path} has no eos_token, which separates documents; set one and save it again"
@@ -340,9 +395,17 @@ def load_tokenizer(
     return _with_our_conventions(tokenizer, model_max_length)
 
 
-def padded_vocab_size(tokenizer: PreTrainedTokenizerFast, multiple: int = 64) -> int:
-    """The rows of a model's token table for this tokenizer: its size rounded up to a multiple."""
-    return -(-len(tokenizer) // multiple) * multiple
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1: what a model's token table needs.
+
+    `len(tokenizer)` counts tokens, which are fewer where ids are reserved or left out.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
+    """The rows of a model's token table for this tokenizer: `num_ids` rounded up to a multiple."""
+    return -(-num_ids(tokenizer) // multiple) * multiple
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTConfig") -> None:
@@ -351,19 +414,20 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTCon
     Raises:
         ValueError: an id outside the model's table, another number of real ids, or other special tokens.
     """
-    largest_id = max(tokenizer.get_vocab().values())
-    if largest_id >= config.vocab_size:
+    ids = num_ids(tokenizer)
+    if ids > config.vocab_size:
         raise ValueError(
-            f"the tokenizer's ids reach {largest_id}, the model's vocab_size is {config.vocab_size}; load the "
+            f"the tokenizer's ids reach {ids - 1}, the model's vocab_size is {config.vocab_size}; load the "
             "tokenizer saved with the model, or call "
             f"model.resize_token_embeddings({padded_vocab_size(tokenizer)})"
         )
     real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
-    if real_ids != len(tokenizer):
+    if real_ids != ids:
+        reach = "" if len(tokenizer) == ids else f" with ids up to {ids - 1}"
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model was made for {real_ids} (unpadded_vocab_size of "
-            f"{config.vocab_size}); load the tokenizer saved with the model, or set "
-            f"config.unpadded_vocab_size={len(tokenizer)} before training"
+            f"the tokenizer has {len(tokenizer)} tokens{reach}, the model was made for {real_ids} "
+            f"(unpadded_vocab_size of {config.vocab_size}); load the tokenizer saved with the model, or set "
+            f"config.unpadded_vocab_size={ids} before training"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         in_config, in_tokenizer = getattr(config, name), getattr(tokenizer, name)

@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minigpt import conversion
+from hf_minigpt.tokenization import num_ids
 
 
 # Rounding stays below it, also for logits in the hundreds; a parameter in the wrong place does not.
@@ -56,14 +57,14 @@ def main() -> None:
         overrides = {}
         if tokenizer is not None:
             # nanoGPT pads its table and does not say so.
-            overrides = {"unpadded_vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+            overrides = {"unpadded_vocab_size": num_ids(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         model = conversion.from_nanogpt(args.source, **overrides)
     else:
         source, _ = conversion.load_source(args.source, HEADS[layout])
         model = conversion.FROM[layout](source)
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+    if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size={model.config.vocab_size}: give the "
+            f"The tokenizer has {num_ids(tokenizer)} ids and the model vocab_size={model.config.vocab_size}: give the "
             "tokenizer that the model was trained with (--tokenizer)."
         )
 

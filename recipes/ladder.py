@@ -32,7 +32,7 @@ from hf_minigpt.data.token_store import prepare_corpus
 from hf_minigpt.presets import BABY_RUNGS, baby_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
-from hf_minigpt.tokenization import train_character_tokenizer
+from hf_minigpt.tokenization import num_ids, train_character_tokenizer
 from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, parse, use_all_cores
 from hf_minigpt.training.climbing import LadderArguments, climb
 from hf_minigpt.training.metrics import decode_documents
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             validation_fraction=data_args.validation_fraction,
             seed=data_args.split_seed,
         )
-    overrides["vocab_size"] = len(tokenizer)
+    overrides["vocab_size"] = num_ids(tokenizer)
     overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     floor = None
     if data_args.dataset is None:

@@ -41,6 +41,7 @@ from hf_minigpt.data.rows import DocumentRows
 from hf_minigpt.publishing.cards import format_metrics, save_model_card
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.tokenization import num_ids
 from hf_minigpt.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=args,
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
-        data_collator=LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer)),
+        data_collator=LanguageModelCollator(tokenizer.pad_token_id, num_ids(tokenizer)),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
         callbacks=[PrintSample(tokenizer)],

@@ -25,6 +25,7 @@ from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, ShuffledDocumentRows
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.tokenization import num_ids
 from hf_minigpt.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     rows = training_rows(corpus, tokenizer, length, data_args, args)
     held_out = DocumentRows(corpus.validation, length)
-    collator = LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer))
+    collator = LanguageModelCollator(tokenizer.pad_token_id, num_ids(tokenizer))
     generator = torch.Generator().manual_seed(args.seed)
     options = {"sampler": RandomSampler(rows, generator=generator), "generator": generator, "drop_last": True}
     loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, **options)

@@ -31,6 +31,7 @@ import pretrain
 from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
+from hf_minigpt.atomic import follow_umask
 from hf_minigpt.data.instructions import InstructionCollator, colored
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
@@ -70,6 +71,8 @@ def embedded_base(sft_args: InstructionArguments, args: SFTArguments) -> str:
         flags = ["--output_dir", str(folder), "--cache_dir", sft_args.cache_dir, "--resume_from_checkpoint", "auto"]
         threads = [] if args.cpu_threads is None else ["--cpu_threads", str(args.cpu_threads)]
         pretrain.main([*EMBEDDED_BASE_FLAGS, *flags, *threads, "--disable_tqdm", str(args.disable_tqdm)])
+        # safetensors writes weights that only their owner can read, and a cache may be shared
+        follow_umask(folder)
     return str(folder)
 
 

@@ -1,3 +1,5 @@
+import functools
+import random
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from hf_minigpt import MiniGPTConfig
+from hf_minigpt import MiniGPTConfig, tokenization
+from hf_minigpt.data.corpora import Documents
 from hf_minigpt.tokenization import (
     CHAT_FORMATS,
     END_OF_TEXT,
@@ -21,7 +24,9 @@ from hf_minigpt.tokenization import (
     plain_text_encoder,
     splits_before_spaces,
     tokenizer_fingerprint,
+    train_character_tokenizer,
     train_tokenizer,
+    train_word_tokenizer,
 )
 
 
@@ -60,6 +65,42 @@ def test_too_little_text_gives_a_smaller_tokenizer_and_a_padded_table():
 def test_refuses_sizes_that_do_not_work(vocab_size):
     with pytest.raises(ValueError, match=f"vocab_size={vocab_size}.*multiple of 64"):
         train_tokenizer(TEXTS, vocab_size, model_max_length=128)
+
+
+def book(num_paragraphs, separator=" "):
+    """One document in which what stands around a cut matters: apostrophes, several spaces, tabs, line ends."""
+    words = ["the", "don't", "they'll", "1984", "naïve", "🙂", "中文", "--", "\tx", "\r\n", "  ", "\n\n", "end."]
+    rng = random.Random(0)
+    return separator.join(rng.choice(words) for _ in range(12 * num_paragraphs))
+
+
+@pytest.mark.parametrize("separator", [" ", "\n", "\t", ""])
+@pytest.mark.parametrize(
+    "train",
+    [
+        functools.partial(train_tokenizer, vocab_size=512, show_progress=False),
+        train_character_tokenizer,
+        functools.partial(train_word_tokenizer, unknown_token=True),
+        functools.partial(train_word_tokenizer, unknown_token=False),
+    ],
+    ids=["bytes", "characters", "words", "words without unknown"],
+)
+def test_the_pieces_that_a_tokenizer_is_trained_on_do_not_matter(train, separator, monkeypatch):
+    text = book(150, separator)
+    expected = train([text], model_max_length=64).backend_tokenizer.to_str()
+    parts = [text[i : i + 11] for i in range(0, len(text), 11)]
+    for length in (1, 100, 10**6):
+        monkeypatch.setattr(tokenization, "PIECE_LENGTH", length)
+        for documents in ([text], [parts], iter([iter(parts)]), Documents("book", "x", lambda: [iter(parts)])):
+            assert train(documents, model_max_length=64).backend_tokenizer.to_str() == expected
+
+
+def test_a_tokenizer_is_trained_on_pieces_however_long_a_document_is():
+    # pre-tokenization takes many times the memory of what it is given at once
+    lengths = [len(piece) for piece in tokenization._pieces([book(20_000), "short"])]
+    assert sum(lengths) == len(book(20_000)) + 5
+    assert max(lengths) < 1.1 * tokenization.PIECE_LENGTH
+    assert len(lengths) > 10
 
 
 def test_training_is_deterministic(trained):

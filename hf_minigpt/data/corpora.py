@@ -1,13 +1,17 @@
 """Where text comes from: the embedded tales, files and folders, or a dataset on the Hub, all as `Documents`."""
 
+import codecs
 import glob
 import hashlib
+import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from ..tokenization import PIECE_LENGTH, Text
 
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -31,25 +35,46 @@ class Documents:
         fingerprint: changes when the text may have changed: paths, sizes and modification times of files, the revision
             of a Hub dataset, or an option.
         num_empty: documents of only white space that the latest iteration left out.
+        can_be_split: whether a part of a document may be held out where whole documents do not give the share.
+
+    Args:
+        read: gives the documents, each as its text or as the pieces that this is made of.
+        max_documents: the first so many only.
     """
 
     def __init__(
-        self, name: str, fingerprint: str, read: Callable[[], Iterable[str]], max_documents: int | None = None
+        self,
+        name: str,
+        fingerprint: str,
+        read: Callable[[], Iterable[Text]],
+        max_documents: int | None = None,
+        *,
+        can_be_split: bool = True,
     ):
         self.name = name
         self.fingerprint = fingerprint
         self.num_empty = 0
+        self.can_be_split = can_be_split
         self._read = read
         self._max_documents = max_documents
 
     def __iter__(self) -> Iterator[str]:
+        return ("".join(pieces) for pieces in self.in_pieces())
+
+    def in_pieces(self) -> Iterator[Iterable[str]]:
+        """The same documents, each as the pieces of its text, to be read once: a long file is never all in memory."""
         return itertools.islice(self._not_empty(), self._max_documents)
 
-    def _not_empty(self) -> Iterator[str]:
+    def _not_empty(self) -> Iterator[Iterable[str]]:
         self.num_empty = 0
         for document in self._read():
-            if document.strip():
-                yield document
+            pieces = iter((document,) if isinstance(document, str) else document)
+            blank: list[str] = []
+            for piece in pieces:
+                if piece.strip():
+                    yield itertools.chain(blank, (piece,), pieces)
+                    break
+                blank.append(piece)
             else:
                 self.num_empty += 1
 
@@ -89,8 +114,11 @@ def load_documents(
     if files is None:
         return _hub_documents(str(dataset), config_name, split, options)
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Text]:
         for file in files:
+            if file.suffix.lower() == ".txt" and not join_sentences:
+                yield _text_in_pieces(file)
+                continue
             rows = _read_file(file, text_column, by_line=join_sentences)
             yield from (text for text, _ in _joined(rows)) if join_sentences else rows
 
@@ -192,7 +220,7 @@ def _tales(num_tales: int) -> Documents:
 
     grammar = Path(tales.__file__).read_bytes()
     fingerprint = _digest("tales", hashlib.blake2b(grammar).hexdigest(), num_tales, TALES_SEED)
-    return Documents("tales", fingerprint, lambda: tales.tales(num_tales, TALES_SEED))
+    return Documents("tales", fingerprint, lambda: tales.tales(num_tales, TALES_SEED), can_be_split=False)
 
 
 def _check_hub_name(name: str) -> None:
@@ -264,18 +292,47 @@ def _read_file(path: Path, text_column: str, by_line: bool, start: int = 0) -> I
 
 
 def _read_text(path: Path, by_line: bool) -> Iterator[str]:
+    if not by_line:
+        yield "".join(_text_in_pieces(path))
+        return
     with path.open("rb") as file:
-        # archives and UTF-16 have zero bytes near the start, UTF-8 text has none
-        if b"\0" in file.read(4096):
-            raise ValueError(f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Convert it")
+        _check_not_binary(path, file.read(4096))
     with path.open(encoding="utf-8-sig") as lines:
-        if by_line:
-            yield from (line.rstrip("\n") for line in lines)
-            return
-        text = lines.read()
-        if not text.strip():
-            raise ValueError(f"{path} is empty; remove it or leave it out")
-        yield text
+        yield from (line.rstrip("\n") for line in lines)
+
+
+def _check_not_binary(path: Path, start: bytes) -> None:
+    # archives and UTF-16 have zero bytes near the start, UTF-8 text has none
+    if b"\0" in start:
+        raise ValueError(f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Convert it")
+
+
+def _text_in_pieces(path: Path) -> Iterator[str]:
+    """The text of a file, which as a whole would take four bytes a character if a single one is an emoji."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    num_read, is_empty = 0, True
+    with path.open("rb") as file:
+        while True:
+            data = file.read(PIECE_LENGTH)
+            if num_read == 0:
+                _check_not_binary(path, data[:4096])
+            num_read += len(data)
+            try:
+                piece = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                # what the decoder had in hand ends with what is read
+                position = num_read - len(error.object) + error.start
+                raise ValueError(
+                    f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} in position {position}: "
+                    f"{error.reason}; convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
+                ) from error
+            is_empty = is_empty and not piece.strip()
+            if not data and is_empty:
+                raise ValueError(f"{path} is empty; remove it or leave it out")
+            if piece:
+                yield piece
+            if not data:
+                return
 
 
 def _read_rows(path: Path, text_column: str, start: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..atomic import written_at_once
 from ..functional_minigpt import num_head_tokens
 from ..tokenization import plain_text_encoder
 from .corpora import LOADERS
@@ -352,8 +353,8 @@ def write_texts(texts: Sequence[str], path: str | Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": list(texts)})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).suffix == ".parquet":
-        rows.to_parquet(str(path))
-    else:
-        rows.to_json(str(path), force_ascii=False)
+    with written_at_once(path) as work:
+        if work.suffix == ".parquet":
+            rows.to_parquet(str(work))
+        else:
+            rows.to_json(str(work), force_ascii=False)

@@ -26,10 +26,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..tokenization import tokenizer_fingerprint
+from ..atomic import made_at_once
+from ..tokenization import num_ids, tokenizer_fingerprint
 from .corpora import Documents, ShardedDocuments
 from .rows import Row, RowBatch
-from .token_store import TokenStore, TokenStoreWriter, made_at_once, tokenize
+from .token_store import TokenStore, TokenStoreWriter, tokenize
 
 
 # Chunks of rows, of about 60,000 tokens each, that are made before they are asked for.
@@ -372,7 +373,7 @@ def prepare_stream(
     folder = Path(cache_dir) / _digest("stream", held_out.fingerprint, tokenizer_fingerprint(tokenizer))
     if not folder.is_dir():
         with made_at_once(folder) as work:
-            writer = TokenStoreWriter(work / "validation", tokenizer.eos_token_id, len(tokenizer))
+            writer = TokenStoreWriter(work / "validation", tokenizer.eos_token_id, num_ids(tokenizer))
             num_documents = 0
             for pieces, encoded in tokenize(((text, None) for text in held_out), tokenizer, os.cpu_count() or 1):
                 for piece, ids in zip(pieces, encoded, strict=True):

@@ -6,8 +6,7 @@ import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,7 +19,16 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..tokenization import plain_text_encoder, splits_before_spaces, tokenizer_fingerprint
+from ..atomic import made_at_once
+from ..tokenization import (
+    PIECE_LENGTH,
+    Text,
+    cut_before_spaces,
+    num_ids,
+    plain_text_encoder,
+    splits_before_spaces,
+    tokenizer_fingerprint,
+)
 from .corpora import Documents
 
 
@@ -28,8 +36,14 @@ FORMAT_VERSION = 1
 
 # Characters. A document is handed to the tokenizer in pieces of about PIECE_LENGTH, a thread takes pieces of about
 # BATCH_LENGTH at a time: memory stays bounded however long a book is.
-PIECE_LENGTH = 1 << 16
 BATCH_LENGTH = 1 << 18
+
+# Counts up when other documents are held out than before.
+SPLIT_VERSION = 2
+# UTF-8 bytes. Neither part of a document of several is shorter: a held-out loss of a few words says nothing.
+SHORTEST_PART = 256
+# UTF-8 bytes on either side of the place where a document is to be split, searched for a good one.
+SPLIT_REACH = 1 << 20
 
 TRAIN, VALIDATION, DUPLICATE = 0, 1, 2
 
@@ -161,7 +175,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A corpus ready for training, split by document.
+    """A corpus ready for training, split into two parts.
 
     Attributes:
         train, validation: the two parts.
@@ -196,14 +210,16 @@ def prepare_corpus(
 ) -> PreparedCorpus:
     """Tokenize a corpus once into `cache_dir`; later calls with the same text, tokenizer and options reuse it.
 
-    Exact duplicates are removed first. Which documents are held out depends on their text and the seed, not on their
-    order. A corpus of a single document gives its last part, cut at the paragraph break nearest to the fraction.
+    Exact duplicates are removed first. Documents are held out in an order that depends on their text and the seed, not
+    on where they stand. If that many whole documents are not about that share of the text, documents are taken up to
+    the share, and of the one in which it ends the last part, from a paragraph break, else a line or a word, on. So is
+    a corpus of a single document split. Warns if the share still comes out more than a third off.
     Several processes may call at once: each works in a folder of its own, and the first to finish wins.
 
     Args:
-        documents: read twice.
+        documents: read twice, long files piece by piece.
         cache_dir: each corpus gets a folder of its own in it.
-        validation_fraction: share of the documents to hold out, at least one.
+        validation_fraction: share of the text to hold out.
         seed: of the choice.
         num_workers: threads; all cores by default.
 
@@ -219,56 +235,52 @@ def prepare_corpus(
         "seed": seed,
         "format_version": FORMAT_VERSION,
     }
-    fingerprint = hashlib.blake2b(json.dumps(details, sort_keys=True).encode(), digest_size=16).hexdigest()
+    # beside the details, which say what a run was trained on: most splits are the same in both versions
+    content = json.dumps(details | {"split_version": SPLIT_VERSION}, sort_keys=True)
+    fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
         with made_at_once(folder) as work:
             _write_corpus(documents, tokenizer, work, details, num_workers or os.cpu_count() or 1)
     manifest = _read_manifest(folder)
+    train, validation = TokenStore.open(folder / "train"), TokenStore.open(folder / "validation")
+    warn_of_share(documents.name, validation_fraction, train.num_bytes, validation.num_bytes)
     return PreparedCorpus(
-        train=TokenStore.open(folder / "train"),
-        validation=TokenStore.open(folder / "validation"),
+        train=train,
+        validation=validation,
         num_duplicates=manifest["num_duplicates"],
         num_empty=manifest["num_empty"],
         folder=folder,
     )
 
 
-@contextlib.contextmanager
-def made_at_once(folder: Path) -> Iterator[Path]:
-    """Write a folder's files into the folder that this gives: others see all of them, or no folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield work
-        # mkdtemp's folder is for its owner alone, but a cache may be shared
-        work.chmod(0o755)
-        try:
-            os.replace(work, folder)
-        except OSError:
-            # another process was first, and did the same work
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def warn_of_share(name: str, fraction: float, num_train: int, num_held_out: int) -> None:
+    """Warn if the share of the text that is held out is more than a third off; sizes in bytes."""
+    total = num_train + num_held_out
+    if not _is_about(num_held_out, fraction * total, total):
+        warnings.warn(
+            f"validation_fraction={fraction:g} asks for {fraction * total:,.0f} of the {total:,} bytes of corpus "
+            f"{name}, and {num_held_out:,} ({num_held_out / total:.1%}) are held out: its documents are too few and "
+            "cannot be split. Give more text, or another validation_fraction.",
+            stacklevel=3,
+        )
+
+
+def _is_about(num_held_out: float, wanted: float, total: int) -> bool:
+    return abs(num_held_out - wanted) <= wanted / 3 and total - num_held_out >= (total - wanted) * 2 / 3
 
 
 def _write_corpus(
     documents: Documents, tokenizer: PreTrainedTokenizerFast, work: Path, details: dict[str, Any], num_workers: int
 ) -> None:
-    parts, num_bytes = _assign_parts(documents, details["validation_fraction"], details["seed"])
+    split = _split(documents, details["validation_fraction"], details["seed"])
     num_empty = documents.num_empty
-    num_kept = int((parts != DUPLICATE).sum())
-    if num_kept == 0:
+    if not (split.parts != DUPLICATE).any():
         raise ValueError(f"corpus {documents.name} has no text: {num_empty} documents, all empty")
-    texts = _kept(documents, parts)
-    if num_kept == 1:
-        texts = _split_single(next(texts)[0], 1 - details["validation_fraction"], documents.name)
-
     eos_token_id = tokenizer.eos_token_id
-    writers = [TokenStoreWriter(work / name, eos_token_id, len(tokenizer)) for name in ("train", "validation")]
-    with tqdm(total=num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
-        for pieces, encoded in tokenize(texts, tokenizer, num_workers):
+    writers = [TokenStoreWriter(work / name, eos_token_id, num_ids(tokenizer)) for name in ("train", "validation")]
+    with tqdm(total=split.num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
+        for pieces, encoded in tokenize(_parts(documents, split), tokenizer, num_workers):
             for piece, ids in zip(pieces, encoded, strict=True):
                 size = _num_bytes(piece.text)
                 writers[piece.tag].add(ids, size, piece.ends_document)
@@ -280,66 +292,148 @@ def _write_corpus(
         {
             "format_version": FORMAT_VERSION,
             "corpus": documents.name,
-            "num_duplicates": int((parts == DUPLICATE).sum()),
+            "num_duplicates": int((split.parts == DUPLICATE).sum()),
             "num_empty": num_empty,
             "fingerprints": details,
         },
     )
 
 
-def _assign_parts(documents: Documents, validation_fraction: float, seed: int) -> tuple[np.ndarray, int]:
-    """Part of each document, (num_documents,) uint8, and the UTF-8 bytes of all that are kept."""
+@dataclass(frozen=True)
+class _Split:
+    """What is held out of a corpus.
+
+    Attributes:
+        parts: (num_documents,) uint8, of each document.
+        num_bytes: UTF-8 bytes of all documents that are kept.
+        divided: the document, one for training in `parts`, of which the end is held out; None if there is none.
+        begin, size: of it, in bytes: about where the held-out end begins, and the whole.
+    """
+
+    parts: np.ndarray
+    num_bytes: int
+    divided: int | None = None
+    begin: int = 0
+    size: int = 0
+
+
+def _split(documents: Documents, validation_fraction: float, seed: int) -> _Split:
     digests, sizes = bytearray(), array("q")
     key = seed.to_bytes(8, "little", signed=True)
-    for document in tqdm(documents, desc="Reading", unit=" documents", unit_scale=True):
-        data = document.encode()
-        digests += hashlib.blake2b(data, digest_size=16, key=key).digest()
-        sizes.append(len(data))
+    for document in tqdm(documents.in_pieces(), desc="Reading", unit=" documents", unit_scale=True):
+        digest, size = hashlib.blake2b(digest_size=16, key=key), 0
+        for piece in document:
+            data = piece.encode()
+            digest.update(data)
+            size += len(data)
+        digests += digest.digest()
+        sizes.append(size)
     high, low = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2).T
     # sorted by keyed digest, which is a seeded shuffle that does not depend on the order of the documents
     order = np.lexsort((low, high))
     is_repeated = np.zeros(len(order), dtype=bool)
     is_repeated[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
     kept = order[~is_repeated]
-    num_validation = max(1, round(validation_fraction * len(kept)))
     parts = np.full(len(order), DUPLICATE, dtype=np.uint8)
     parts[kept] = TRAIN
-    parts[kept[: min(num_validation, len(kept) - 1)]] = VALIDATION
-    return parts, int(np.frombuffer(sizes, dtype=np.int64)[kept].sum())
+    kept_sizes = np.frombuffer(sizes, dtype=np.int64)[kept]
+    num_bytes = int(kept_sizes.sum())
+    if num_bytes == 0:
+        return _Split(parts, 0)
+    number, begin = _share(kept_sizes, validation_fraction, documents.can_be_split)
+    parts[kept[:number]] = VALIDATION
+    if begin is None:
+        return _Split(parts, num_bytes)
+    return _Split(parts, num_bytes, divided=int(kept[number]), begin=begin, size=int(kept_sizes[number]))
 
 
-def _kept(documents: Documents, parts: np.ndarray) -> Iterator[tuple[str, int]]:
-    for document, part in itertools.zip_longest(documents, parts.tolist()):
+def _share(sizes: np.ndarray, fraction: float, can_be_split: bool) -> tuple[int, int | None]:
+    """How many documents are held out, the first ones, and from which byte on the one after them, if it is split."""
+    ends = np.cumsum(sizes)
+    total, wanted = int(ends[-1]), fraction * int(ends[-1])
+    if len(sizes) == 1:
+        return 0, total - round(wanted)
+
+    def is_about(number: int) -> bool:
+        return _is_about(int(ends[number - 1]), wanted, total)
+
+    by_count = min(max(1, round(fraction * len(sizes))), len(sizes) - 1)
+    if is_about(by_count):
+        return by_count, None
+    # the document in which the share ends: without it, with it, or with a part of it
+    last = min(int(np.searchsorted(ends, wanted)), len(sizes) - 1)
+    needed = round(wanted) - int(ends[last] - sizes[last])
+    whole = last + int(2 * needed > sizes[last])
+    whole = min(max(1, whole), len(sizes) - 1)
+    long_enough = needed >= SHORTEST_PART and sizes[last] - needed >= SHORTEST_PART
+    if is_about(whole) or not can_be_split or not long_enough:
+        return whole, None
+    return last, int(sizes[last]) - needed
+
+
+def _parts(documents: Documents, split: _Split) -> Iterator[tuple[Text, int]]:
+    """The texts with the part that each is for, to be read in this order."""
+    for number, (document, part) in enumerate(itertools.zip_longest(documents.in_pieces(), split.parts.tolist())):
         if document is None or part is None:
             raise ValueError(f"corpus {documents.name} changed while it was read; run again when it is complete")
-        if part != DUPLICATE:
+        if number == split.divided:
+            yield from _divided(document, split, documents.name)
+        elif part != DUPLICATE:
             yield document, part
 
 
 def held_out_documents(documents: Documents, *, validation_fraction: float = 0.1, seed: int = 0) -> Iterator[str]:
     """The texts that `prepare_corpus` holds out with these arguments: the corpus is read twice, nothing written."""
-    parts, _ = _assign_parts(documents, validation_fraction, seed)
-    texts = _kept(documents, parts)
-    if (parts != DUPLICATE).sum() == 1:
-        texts = _split_single(next(texts)[0], 1 - validation_fraction, documents.name)
-    return (text for text, part in texts if part == VALIDATION)
+    split = _split(documents, validation_fraction, seed)
+    return ("".join(text) for text, part in _parts(documents, split) if part == VALIDATION)
 
 
-def _split_single(text: str, fraction: float, name: str) -> Iterator[tuple[str, int]]:
-    target = round(fraction * len(text))
-    reach = min(target, len(text) - target) // 2
+def _divided(document: Iterable[str], split: _Split, name: str) -> Iterator[tuple[Iterable[str], int]]:
+    reach = min(min(split.begin, split.size - split.begin) // 3, SPLIT_REACH)
+    pieces = iter(document)
+    held_out = []
+
+    def training() -> Iterator[str]:
+        num_before, near = 0, ""
+        for piece in pieces:
+            size = _num_bytes(piece)
+            if not near and num_before + size < split.begin - reach:
+                num_before += size
+                yield piece
+                continue
+            near += piece
+            if num_before + _num_bytes(near) > split.begin + reach:
+                break
+        begin = _border(near, split.begin - num_before, reach)
+        if num_before + begin == 0 or begin == len(near):
+            raise ValueError(
+                f"corpus {name} is one document of {len(near)} characters, too short to hold out a part of it"
+            )
+        held_out.append(near[begin:])
+        yield near[:begin]
+
+    def validation() -> Iterator[str]:
+        # whoever wants this part only has not read the other
+        for _ in beginning:
+            pass
+        yield from held_out
+        yield from pieces
+
+    beginning = training()
+    yield beginning, TRAIN
+    yield validation(), VALIDATION
+
+
+def _border(text: str, target: int, reach: int) -> int:
+    """Where to split a text, in characters: near byte `target`, at most `reach` bytes away."""
+    data = text.encode()
+    first, target, last = (len(data[: target + step].decode(errors="ignore")) for step in (-reach, 0, reach))
     # a paragraph break if there is one nearby, else a line break, a space, or any place
     for pattern in (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+"):
-        ends = [match.end() for match in re.compile(pattern).finditer(text, target - reach, target + reach)]
+        ends = [match.end() for match in re.compile(pattern).finditer(text, first, last)]
         if ends:
-            target = min(ends, key=lambda end: abs(end - target))
-            break
-    if not 0 < target < len(text):
-        raise ValueError(
-            f"corpus {name} is one document of {len(text)} characters, too short to hold out a part of it"
-        )
-    yield text[:target], TRAIN
-    yield text[target:], VALIDATION
+            return min(ends, key=lambda end: abs(end - target))
+    return target
 
 
 @dataclass(frozen=True)
@@ -351,53 +445,46 @@ class Piece:
     ends_document: bool
 
 
-# Python's \s holds a few control characters more than the tokenizer's: both agree on the two sides of this
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+def _cut_before_spaces(text: Text) -> Iterator[str]:
+    return cut_before_spaces(text, PIECE_LENGTH)
 
 
-def _cut_before_spaces(text: str) -> Iterator[str]:
-    """Cut a long text where GPT-2's pre-tokenization separates words anyway (`splits_before_spaces`)."""
-    start = 0
-    while match := _CUT.search(text, start + PIECE_LENGTH):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
+def _keep_whole(text: Text) -> Iterator[str]:
+    yield "".join(text)
 
 
-def _keep_whole(text: str) -> Iterator[str]:
-    yield text
-
-
-def _batches(texts: Iterable[tuple[str, Any]], cut: Callable[[str], Iterator[str]]) -> Iterator[list[Piece]]:
+def _batches(texts: Iterable[tuple[Text, Any]], cut: Callable[[Text], Iterator[str]]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     length = 0
     for text, tag in texts:
-        remaining = len(text)
-        for piece in cut(text):
-            remaining -= len(piece)
-            batch.append(Piece(piece, tag, ends_document=remaining == 0))
+        pieces = cut(text)
+        piece: str | None = next(pieces)
+        while piece is not None:
+            following = next(pieces, None)
+            batch.append(Piece(piece, tag, ends_document=following is None))
             length += len(piece)
             if length >= BATCH_LENGTH:
                 yield batch
                 batch, length = [], 0
+            piece = following
     if batch:
         yield batch
 
 
 def tokenize(
-    texts: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerFast, num_workers: int
+    texts: Iterable[tuple[Text, Any]], tokenizer: PreTrainedTokenizerFast, num_workers: int
 ) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
     """Ids of tagged texts in threads, some batches ahead of the consumer; in order, long texts in several pieces.
 
     Args:
-        texts: plain text, that of special tokens too, and tags.
+        texts: plain text, that of special tokens too, whole or in pieces that are read in this order; and tags.
 
     Returns:
         Batches of pieces, and of each the ids, (num_tokens,) uint16 where the vocabulary fits, else uint32.
     """
     encoder = plain_text_encoder(tokenizer)
     cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
-    dtype = ids_dtype(len(tokenizer))
+    dtype = ids_dtype(num_ids(tokenizer))
 
     def encode(pieces: list[Piece]) -> list[np.ndarray]:
         encodings = encoder.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)

@@ -260,7 +260,7 @@ class DataArguments:
         default=None, metadata={"help": "Use only the first documents."}
     )
     validation_fraction: Annotated[float, Range(above=0, below=1)] = field(
-        default=0.1, metadata={"help": "Share of the documents that is held out."}
+        default=0.1, metadata={"help": "Share of the text that is held out."}
     )
     split_seed: Annotated[int, SEED] = field(
         default=0, metadata={"help": "Seed of the choice of the held-out documents."}

@@ -9,7 +9,7 @@ from .. import conversion
 from ..adapters import is_adapter, merged
 from ..configuration_minigpt import MiniGPTConfig
 from ..modeling_minigpt import MiniGPTForSequenceClassification, MiniGPTPreTrainedModel
-from ..tokenization import check_tokenizer_fits, load_tokenizer
+from ..tokenization import check_tokenizer_fits, load_tokenizer, num_ids
 from .setup import load_checkpoint
 
 
@@ -114,12 +114,13 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, converted: 
     config = model.config
     assert isinstance(config, MiniGPTConfig)
     real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
-    num_new = len(tokenizer) - real_ids
-    if converted and real_ids - len(tokenizer) in range(1, MULTIPLE):
+    ids = num_ids(tokenizer)
+    num_new = ids - real_ids
+    if converted and -num_new in range(1, MULTIPLE):
         # a table padded by a project that does not say so
-        config.unpadded_vocab_size = len(tokenizer)
+        config.unpadded_vocab_size = ids
     elif 0 < num_new <= 2:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE)
+        model.resize_token_embeddings(ids, pad_to_multiple_of=MULTIPLE)
     if converted or num_new > 0:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))

@@ -1,9 +1,6 @@
 """From flags to the things that a pretraining loop needs: text, tokenizer, model, rows."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Container, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from ..atomic import made_at_once
 from ..configuration_minigpt import MiniGPTConfig
 from ..data.corpora import Documents, ShardedDocuments, load_documents, stream_documents
 from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
@@ -20,7 +18,7 @@ from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sampl
 from ..data.token_store import PreparedCorpus, prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..presets import preset
-from ..tokenization import check_tokenizer_fits, load_tokenizer, padded_vocab_size, train_tokenizer
+from ..tokenization import check_tokenizer_fits, load_tokenizer, num_ids, padded_vocab_size, train_tokenizer
 from .arguments import DataArguments, ModelArguments, PretrainArguments
 from .sealing import MANIFEST, verify_checkpoint
 
@@ -181,25 +179,18 @@ def training_rows(
 
 def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:
     tokenizer = train_tokenizer(documents, vocab_size, model_max_length=length)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # renamed when whole: other processes see all of it or nothing
-    work = tempfile.mkdtemp(dir=folder.parent)
-    tokenizer.save_pretrained(work)
-    try:
-        os.replace(work, folder)
-    except OSError:
-        # another process was first
-        shutil.rmtree(work)
+    with made_at_once(folder) as work:
+        tokenizer.save_pretrained(work)
 
 
 def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTConfig:
     """The configuration of a model for this tokenizer."""
     if args.model is not None:
         return _checkpoint_config(args)
-    table = padded_vocab_size(tokenizer)
+    table, ids = padded_vocab_size(tokenizer), num_ids(tokenizer)
     fields = {
         "vocab_size": table,
-        "unpadded_vocab_size": len(tokenizer) if len(tokenizer) < table else None,
+        "unpadded_vocab_size": ids if ids < table else None,
         "max_position_embeddings": context_length(args),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -36,7 +36,7 @@ from ..data.instructions import (
 from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
-from ..tokenization import add_chat_template, check_tokenizer_fits
+from ..tokenization import add_chat_template, check_tokenizer_fits, num_ids
 from .arguments import (
     _HELP,
     COUNT,
@@ -236,10 +236,12 @@ def prepare_for_chat(
     Returns:
         The ids that are new to the model. They start as the mean of all others.
     """
-    first = len(tokenizer)
-    new_ids = list(range(first, first + add_chat_template(tokenizer, chat_format)))
+    first = num_ids(tokenizer)
+    add_chat_template(tokenizer, chat_format)
+    # behind all others, also where these leave holes
+    new_ids = list(range(first, num_ids(tokenizer)))
     if new_ids:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE)
+        model.resize_token_embeddings(num_ids(tokenizer), pad_to_multiple_of=MULTIPLE)
         with torch.no_grad():
             for table in (model.model.embed_tokens.weight, model.lm_head.weight):
                 table[new_ids] = table[:first].mean(0)

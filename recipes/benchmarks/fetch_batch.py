@@ -25,7 +25,7 @@ from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.rows import AlignedDocumentRows
 from hf_minigpt.data.token_store import prepare_corpus
-from hf_minigpt.tokenization import train_tokenizer
+from hf_minigpt.tokenization import num_ids, train_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     tokenizer = train_tokenizer(documents, 1024, model_max_length=args.context_length, show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         rows = AlignedDocumentRows(prepare_corpus(documents, tokenizer, folder).train, args.context_length)
-        collate = LanguageModelCollator(tokenizer.pad_token_id, len(tokenizer))
+        collate = LanguageModelCollator(tokenizer.pad_token_id, num_ids(tokenizer))
         ids = [row["input_ids"].numpy() for row in rows.__getitems__(range(len(rows)))]
         stored = Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
 

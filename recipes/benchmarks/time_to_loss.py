@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from hf_minigpt import MiniGPTForCausalLM, preset
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.tokenization import num_ids
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PretrainArguments, use_all_cores
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.setup import open_documents, prepare_data
@@ -88,7 +89,7 @@ class Race:
     def peer(self, seed: int, learning_rate: float, tied: bool) -> tuple[float, float]:
         args = self.args
         set_seed(seed)
-        model = gpt2_peer(args.layers, args.width, len(self.tokenizer), args.context_length, tied)
+        model = gpt2_peer(args.layers, args.width, num_ids(self.tokenizer), args.context_length, tied)
         with tempfile.TemporaryDirectory() as folder:
             training_args = TrainingArguments(
                 **self.arguments(folder, seed, args.peer_steps),
@@ -111,7 +112,7 @@ class Race:
             "num_attention_heads": max(args.width // 64, 1),
             "initializer_range": args.width**-0.5,
             "max_position_embeddings": args.context_length,
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": num_ids(self.tokenizer),
         }
         return MiniGPTForCausalLM(preset("minigpt-pico", **(fields | overrides)))
 

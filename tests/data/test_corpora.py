@@ -70,6 +70,54 @@ def test_folder_is_read_in_sorted_order_whatever_is_in_it(tmp_path):
     assert list(load_documents(tmp_path)) == ["a 0", "a 1", "b/a", "b/deep/z", "c"]
 
 
+PIECES = {
+    "marks and line ends": "\ufeffein Bär\r\nzwei\r\n\ndrei\rvier\r",
+    "characters of two, three and four bytes": "é中🙂é中🙂a\ufeff",
+    "blank at first": " \n\r\n\t  \n text",
+}
+
+
+@pytest.mark.parametrize("text", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 1000])
+def test_a_text_file_in_pieces_is_the_text_that_python_reads(text, length, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_LENGTH", length)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    expected = path.read_text(encoding="utf-8-sig")
+    for _ in range(2):
+        documents = load_documents(path)
+        assert list(documents) == [expected]
+        (pieces,) = map(list, documents.in_pieces())
+        assert "".join(pieces) == expected
+        # a carriage return waits for what follows
+        assert max(map(len, pieces)) <= length + 1
+    (streamed,) = (document for document, _ in corpora.stream_documents(path).read(0))
+    assert streamed == expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("content", "byte", "position"),
+    [("é🙂 B".encode() + b"\xe4r", "0xe4", 8), (b"\xff", "0xff", 0), ("\ufeffab".encode() + b"\x80", "0x80", 5)],
+)
+def test_a_byte_that_is_not_utf8_is_counted_from_the_start_of_the_file(
+    content, byte, position, length, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpora, "PIECE_LENGTH", length)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text: byte {byte} in position {position}: .*iconv"):
+        list(load_documents(tmp_path / "a.txt"))
+
+
+def test_documents_in_pieces_are_read_once_each_and_blank_ones_are_counted():
+    documents = corpora.Documents("x", "x", lambda: ["whole", iter([" ", "\n"]), iter([" ", "in ", "pieces"]), "\t"])
+    assert [list(pieces) for pieces in documents.in_pieces()] == [["whole"], [" ", "in ", "pieces"]]
+    assert documents.num_empty == 2
+    assert list(documents) == ["whole", " in pieces"]
+    # a document that nobody reads does not stop the next
+    assert len(list(documents.in_pieces())) == 2
+
+
 def test_text_file_is_utf8_without_mark_and_with_plain_line_ends(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffein Bär\r\nzwei\r\n".encode())
     assert list(load_documents(tmp_path / "a.txt")) == ["ein Bär\nzwei\n"]

@@ -1,6 +1,8 @@
+import hashlib
 import itertools
 import json
 import pickle
+import random
 import re
 import tracemalloc
 from pathlib import Path
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_minigpt.data import token_store
-from hf_minigpt.data.corpora import Documents
+from hf_minigpt.data import corpora, token_store
+from hf_minigpt.data.corpora import Documents, load_documents
 from hf_minigpt.data.tales import tales
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter, prepare_corpus
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
@@ -173,6 +175,111 @@ class TestSingleDocument:
             prepare_corpus(documents_of(["a"]), tokenizer, tmp_path)
 
 
+def prose(num_words, seed=0, paragraph=60):
+    """Text in paragraphs, of words that no other seed has in this order."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(num_words)]
+    lines = [" ".join(words[begin : begin + paragraph]) for begin in range(0, num_words, paragraph)]
+    return "\n\n".join(lines)
+
+
+def split_of(texts, fraction, seed, **options):
+    return parts_of(Documents("corpus", "x", lambda: iter(texts), **options), fraction, seed)
+
+
+def parts_of(documents, fraction, seed):
+    """The texts of both parts, as `prepare_corpus` tokenizes them."""
+    parts = [[], []]
+    for text, part in token_store._parts(documents, token_store._split(documents, fraction, seed)):
+        parts[part].append("".join(text))
+    return parts
+
+
+UNEQUAL = {
+    "a book and a readme": [40_000, 300],
+    "a readme and a book": [300, 40_000],
+    "a book and many notes": [20_000, *[50] * 40],
+    "two books": [20_000, 20_000],
+    "three books": [5_000, 10_000, 20_000],
+    "five books of the same length": [4_000] * 5,
+    "falling by halves": [16_000, 8_000, 4_000, 2_000, 1_000, 500, 250],
+}
+
+
+class TestUnequalDocuments:
+    @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.3, 0.75])
+    @pytest.mark.parametrize("sizes", UNEQUAL.values(), ids=UNEQUAL)
+    def test_the_share_is_of_the_text_whatever_the_seed(self, sizes, fraction):
+        texts = [prose(size, seed) for seed, size in enumerate(sizes)]
+        total = sum(map(len, texts))
+        for seed in range(6):
+            train, held_out = split_of(texts, fraction, seed)
+            share = sum(map(len, held_out)) / total
+            assert 2 / 3 * fraction <= share <= 4 / 3 * fraction
+            assert 1 - share >= 2 / 3 * (1 - fraction)
+            # nothing is lost and at most one document is in both parts
+            assert sum(map(len, train)) + sum(map(len, held_out)) == total
+            divided = [text for text in texts if text not in train and text not in held_out]
+            assert len(divided) <= 1
+            for text in divided:
+                (front,) = [part for part in train if part not in texts]
+                (end,) = [part for part in held_out if part not in texts]
+                assert front + end == text
+                assert front.endswith("\n\n")
+
+    def test_the_warning_says_what_was_asked_and_what_is(self, tokenizer, tmp_path):
+        documents = documents_of(["ten letters", "as many now", "and a third"])
+        message = (
+            r"validation_fraction=0\.1 asks for 3 of the 33 bytes of corpus corpus, and 11 \(33\.3%\) are held out"
+            ".*Give more text"
+        )
+        for _ in range(2):
+            # found in the cache it is no better
+            with pytest.warns(UserWarning, match=message):
+                prepare_corpus(documents, tokenizer, tmp_path)
+
+    def test_no_warning_where_the_share_is_right(self, tokenizer, tmp_path, recwarn):
+        for number, sizes in enumerate([[4000, 30], [300] * 10]):
+            texts = [prose(size, seed) for seed, size in enumerate(sizes)]
+            prepare_corpus(documents_of(texts), tokenizer, tmp_path / str(number))
+        assert not recwarn.list
+
+    def test_documents_that_must_stay_whole(self):
+        texts = [prose(size, size) for size in (4000, 3000, 30)]
+        for seed in range(6):
+            train, held_out = split_of(texts, 0.1, seed, can_be_split=False)
+            assert sorted(train + held_out) == sorted(texts)
+            assert train and held_out
+
+    def test_many_documents_of_about_the_same_length_are_held_out_by_their_number(self):
+        texts = list(tales(300, seed=3))
+        for fraction, seed in ((0.1, 0), (0.1, 1), (0.25, 2)):
+            train, held_out = split_of(texts, fraction, seed)
+            assert len(held_out) == round(fraction * 300)
+            assert sorted(train + held_out) == sorted(texts)
+        # what a keyed digest says, which earlier versions held out too
+        key = (1).to_bytes(8, "little")
+        digests = {hashlib.blake2b(text.encode(), digest_size=16, key=key).digest(): text for text in texts}
+        first = sorted(digests, key=lambda digest: int.from_bytes(digest[:8], "little"))[:30]
+        assert set(split_of(texts, 0.1, 1)[1]) == {digests[digest] for digest in first}
+
+    @pytest.mark.parametrize("piece", [1, 7, 1000, 10**6])
+    @pytest.mark.parametrize("alphabet", ["ascii", "é", "🙂"])
+    def test_the_pieces_that_a_document_comes_in_do_not_matter(self, piece, alphabet):
+        texts = [prose(3000).replace("e", "e" if alphabet == "ascii" else alphabet), prose(40, 1)]
+
+        def read():
+            return ((text[i : i + piece] for i in range(0, len(text), piece)) for text in texts)
+
+        documents = Documents("corpus", "x", read)
+        assert list(documents) == texts
+        expected = split_of(texts, 0.1, 0)
+        assert parts_of(documents, 0.1, 0) == expected
+        assert list(token_store.held_out_documents(documents)) == expected[token_store.VALIDATION]
+        share = sum(len(text.encode()) for text in expected[1]) / sum(len(text.encode()) for text in texts)
+        assert share == pytest.approx(0.1, abs=0.02)
+
+
 def test_corpus_without_text(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="corpus nothing has no text: 2 documents, all empty"):
         prepare_corpus(documents_of(["", "\n"], name="nothing"), tokenizer, tmp_path)
@@ -281,6 +388,26 @@ def test_pickle_opens_the_files_again(tokenizer, tmp_path):
     again = pickle.loads(data)
     assert again.tokens.tolist() == store.tokens.tolist()
     assert isinstance(again.tokens, np.memmap)
+
+
+def test_a_long_file_is_never_all_in_memory(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "BATCH_LENGTH", 1 << 13)
+    for module in (token_store, corpora):
+        monkeypatch.setattr(module, "PIECE_LENGTH", 1 << 12)
+
+    def peak(num_words):
+        path = tmp_path / f"{num_words}.txt"
+        # one character that Python holds in four bytes, and with it all others of the same string
+        path.write_text("🙂 " + prose(num_words), encoding="utf-8")
+        tracemalloc.start()
+        corpus = prepare_corpus(load_documents(path), tokenizer, tmp_path / "cache", num_workers=1)
+        _, high = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert corpus.train.num_bytes + corpus.validation.num_bytes == path.stat().st_size
+        return high, path.stat().st_size
+
+    (few, small), (many, large) = peak(20_000), peak(80_000)
+    assert many - few < large - small
 
 
 def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
