@@ -31,7 +31,7 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 # The least value of each number, inclusive, and in words.
 ROPE_NUMBERS = {
-    "rope_theta": (1, "a number of at least 1, usually 10000.0"),
+    "rope_theta": (1, "a number of at least 1, that of the training; usually 10000.0"),
     "factor": (1, "a number of at least 1: how many times the context is stretched"),
     "original_max_position_embeddings": (2, "the context length before it was stretched, at least 2"),
     "attention_factor": (1e-6, "a number above 0; left out, it follows from factor"),
@@ -77,10 +77,12 @@ def check_rope_parameters(parameters: Mapping[str, Any], head_dim: int) -> None:
             raise ValueError(
                 f"rope_parameters={dict(parameters)} with rope_type={rope_type!r} lacks {', '.join(missing)}: add it."
             )
+    # A new config has rope_theta; one that is changed may have lost it, and the default need not be what was trained.
+    parameters = {"rope_theta": None, **parameters}
     for name, (least, wanted) in ROPE_NUMBERS.items():
         if name in parameters and not is_number(parameters[name], least):
             raise ValueError(f"rope_parameters has {name}={parameters[name]!r}: choose {wanted}.")
-    if rope_type == "yarn" and parameters.get("rope_theta") == 1:
+    if rope_type == "yarn" and parameters["rope_theta"] == 1:
         raise ValueError(
             "rope_parameters has rope_theta=1, which with rope_type='yarn' must be more, usually 10000.0."
         )
@@ -267,8 +269,8 @@ class MiniGPTConfig(PreTrainedConfig):
     def validate_rope(self):
         """Part of `@strict`, as `validate_architecture`. transformers' own only warns of values that are wrong."""
         # a head_dim that is wrong is validate_architecture's to refuse
-        if self.rope_parameters and is_number(self.head_dim, least=1):
-            check_rope_parameters(self.rope_parameters, self.head_dim)
+        if self.position_embedding_type == "rope" and is_number(self.head_dim, least=1):
+            check_rope_parameters(self.rope_parameters or {}, self.head_dim)
             super().validate_rope()
 
     def to_dict(self):

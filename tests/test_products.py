@@ -283,11 +283,20 @@ def test_a_layer_that_is_listened_to_or_adapted_is_called_and_takes_this_way(one
     assert not onednn
     torch.testing.assert_close(products.project(Adapter(layer), inputs), expected + 1)
     assert len(onednn) == 1
+
+    class ByName(nn.Linear):
+        def forward(self, inputs):
+            return F.linear(input=inputs, weight=self.weight, bias=self.bias)
+
+    by_name = ByName(4, 5)
+    by_name.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(products.project(by_name, inputs), expected)
+    assert len(onednn) == 2
     layer.register_forward_hook(lambda module, args, output: output * 2)
     torch.testing.assert_close(products.project(layer, inputs), expected * 2)
-    assert len(onednn) == 2
+    assert len(onednn) == 3
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
     products.project(nn.Linear(4, 5), inputs)
     handle.remove()
-    assert seen == [nn.Linear] and len(onednn) == 3
+    assert seen == [nn.Linear] and len(onednn) == 4

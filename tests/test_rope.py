@@ -230,6 +230,26 @@ def test_what_cannot_be_computed_is_refused_by_name(parameters, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "rope_theta=None"),
+        ({"rope_type": "linear", "rope_theta": 5.0}, "factor"),
+        ({"rope_type": "nonsense", "rope_theta": 5.0}, "rope_type='nonsense'"),
+        (None, "rope_theta=None"),
+    ],
+)
+def test_a_checkpoint_is_opened_with_other_positions(parameters, word, tmp_path):
+    """Those that were not trained: complete ones are taken, others are refused."""
+    MiniGPTForCausalLM(rope_config({"rope_theta": 5.0})).save_pretrained(tmp_path)
+    whole = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    model = MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=whole)
+    expected = MiniGPTForCausalLM(rope_config(whole)).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    with pytest.raises(ValueError, match=word):
+        MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=parameters)
+
+
 def test_a_config_that_was_changed_is_looked_at_again(tmp_path):
     config = rope_config({"rope_type": "linear", "factor": 2.0})
     config.rope_parameters["rope_type"] = "linaer"
