@@ -159,7 +159,7 @@ def project(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not prefers_onednn():
         return module(inputs)
-    if is_plain_linear(module):
+    if isinstance(module, nn.Linear) and is_plain_linear(module):
         return linear(inputs, module.weight, module.bias)
     # what an adapter wraps, and a layer that somebody listens to, is no slower
     with _ByLinear():

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    loss = wrapped(**batch, num_items_in_batch=num_tokens, use_cache=False).loss
+                    loss = wrapped(**batch, num_items_in_batch=num_tokens, skip_logits=True, use_cache=False).loss
                     # DDP averages the gradients of the processes, and here they must add up
                     accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()

@@ -80,4 +80,7 @@ def test_python_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in (model, tokenizer):
         part.save_pretrained("runs/pretrain")
+    reviews = Dataset.from_dict({"text": texts[:4], "label": [0, 1, 0, 1]})
+    for split in ("train", "test"):
+        reviews.to_csv(f"{split}.csv")
     exec(snippet, {"my_dataset": Dataset.from_dict({"text": texts})})

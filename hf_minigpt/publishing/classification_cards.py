@@ -24,7 +24,7 @@ CLASSIFICATION_METRICS = {
     "roc_auc": ("Area under the ROC curve", ".4f"),
     "calibration_error": ("Expected calibration error (15 bins)", ".4f"),
     "loss": ("Loss (nats)", ".4f"),
-    "pipeline_accuracy": ("Accuracy through the pipeline, which keeps heads or tails only, on a few texts", ".2%"),
+    "pipeline_accuracy": ("Accuracy through the stock pipeline, on the first test texts", ".2%"),
     "baseline_accuracy": ("TF-IDF of words and pairs with logistic regression", ".2%"),
     "only_network_right": ("Texts that only the network has right", ",.0f"),
     "only_baseline_right": ("Texts that only the baseline has right", ",.0f"),

@@ -21,6 +21,7 @@ class LanguageModelTrainer(Trainer):
 
     - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
       `args.eval_max_rows`.
+    - The loss is computed without the logits: outputs have none.
     - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
       `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (their share of `peak_flops_per_second` of all
       devices) and `accuracy`, the share of the labels that were the most likely token.
@@ -69,8 +70,9 @@ class LanguageModelTrainer(Trainer):
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs_and_options = {**inputs, "skip_logits": True, "count_correct": True}
         loss, outputs = super().compute_loss(
-            model, {**inputs, "count_correct": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, inputs_and_options, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         num_labels = (inputs["shift_labels"] != -100).sum()
         hits_and_labels = torch.stack([outputs.num_correct, num_labels])

@@ -12,24 +12,38 @@ import transformers
 
 
 ROOT = Path(__file__).parents[2]
+QUIET = ["--eval_strategy", "no", "--save_strategy", "no"]
 # The default run with fewer steps: about a minute on two cores.
-COMMAND = ["recipes/pretrain.py", "--max_steps", "600", "--eval_strategy", "no", "--save_strategy", "no"]
+COMMAND = ["recipes/pretrain.py", "--max_steps", "600", *QUIET]
+# A model that GPT-2's own classes and llama.cpp can hold, in a quarter of a minute.
+GPT2_COMMAND = ["recipes/pretrain.py", "--preset", "gpt2", "--max_steps", "150", "--context_length", "256", *QUIET]
+GPT2_COMMAND += ["--config_overrides", "hidden_size=128", "num_hidden_layers=2", "num_attention_heads=4"]
 
 
-@pytest.fixture(scope="session")
-def trained_folder(pytestconfig) -> Path:
-    """What `recipes/pretrain.py` leaves: weights, tokenizer, code."""
-    digest = hashlib.blake2b(repr((torch.__version__, transformers.__version__, COMMAND)).encode(), digest_size=8)
-    for file in sorted([*ROOT.glob("hf_minigpt/**/*.py"), ROOT / COMMAND[0]]):
+def train(command: list[str], cache: Path) -> Path:
+    """What a recipe leaves in its folder: weights, tokenizer, code. A folder of the same code is used again."""
+    digest = hashlib.blake2b(repr((torch.__version__, transformers.__version__, command)).encode(), digest_size=8)
+    for file in sorted([*ROOT.glob("hf_minigpt/**/*.py"), ROOT / command[0]]):
         digest.update(file.read_bytes())
-    cache = Path(pytestconfig.cache.mkdir("trained"))
     folder = cache / digest.hexdigest()
     if not (folder / "all_results.json").is_file():
         subprocess.run(
-            [sys.executable, *COMMAND, "--output_dir", str(folder), "--cache_dir", str(cache / "data")],
+            [sys.executable, *command, "--output_dir", str(folder), "--cache_dir", str(cache / "data")],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
             check=True,
             capture_output=True,
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_folder(pytestconfig) -> Path:
+    """A model of the default architecture, trained on the tales."""
+    return train(COMMAND, Path(pytestconfig.cache.mkdir("trained")))
+
+
+@pytest.fixture(scope="session")
+def trained_gpt2_folder(pytestconfig) -> Path:
+    """A small GPT-2, trained on the tales."""
+    return train(GPT2_COMMAND, Path(pytestconfig.cache.mkdir("trained")))
