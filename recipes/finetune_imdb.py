@@ -43,6 +43,7 @@ from hf_minigpt.publishing.classification_cards import (
 )
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.training.arguments import ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.base_model import check_base_exists
 from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.classification_arguments import (
     ClassificationArguments,
@@ -113,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Whatever can be wrong is found before anything takes long.
     check_lora_possible(lora_args, model_args)
+    check_base_exists(model_args.model, model_args.tokenizer, model_args.trust_remote_code)
+    model_args.overrides()
     if review_args.baseline:
         check_baseline_possible()
     splits = review_args.load()

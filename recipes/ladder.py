@@ -35,6 +35,7 @@ from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import num_ids, train_character_tokenizer
 from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, parse, use_all_cores
 from hf_minigpt.training.climbing import LadderArguments, climb
+from hf_minigpt.training.flags import Unique
 from hf_minigpt.training.metrics import decode_documents
 from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.setup import open_documents
@@ -46,7 +47,7 @@ NUM_TALES = 3000
 
 @dataclass
 class RungArguments:
-    rungs: list[str] = field(
+    rungs: Annotated[list[str], Unique()] = field(
         default_factory=lambda: list(BABY_RUNGS), metadata={"help": f"Of {', '.join(BABY_RUNGS)}. Default: all."}
     )
     preset: str = field(default="baby", metadata={"help": "What the climb leads to: baby or baby-large."})

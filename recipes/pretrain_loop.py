@@ -116,11 +116,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     num_steps = int(args.num_train_epochs * len(rows) / rows_per_step)
     if args.max_steps > 0:
         num_steps = args.max_steps
-    elif num_steps == 0:
-        raise ValueError(
-            f"num_train_epochs={args.num_train_epochs} of {len(rows)} rows are less than one step of {rows_per_step}: "
-            "choose a smaller per_device_train_batch_size or gradient_accumulation_steps, or set max_steps."
-        )
     warmup_steps, scheduler_kwargs = args.get_warmup_steps(num_steps), args.scheduler_kwargs(num_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, scheduler_kwargs)
     # the scheduler stays ours: accelerate would step a prepared one once for every process
@@ -129,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(
             f"per_device_train_batch_size={args.per_device_train_batch_size} is more than the {len(rows)} rows give "
             f"each of {accelerator.num_processes} processes: choose a smaller one."
+        )
+    if rows_per_step > len(rows) or num_steps == 0:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} makes a step of {rows_per_step} rows, "
+            f"and num_train_epochs={args.num_train_epochs} of {len(rows)} are less: choose a smaller step."
         )
     # eval_steps and save_steps may be shares of the run
     intervals = TrainerState()

@@ -36,7 +36,7 @@ from hf_minigpt.data.instructions import InstructionCollator, colored
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
-from hf_minigpt.training.base_model import load_base_model
+from hf_minigpt.training.base_model import check_base_exists, load_base_model
 from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.safeguards import optional, written
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Whatever can be wrong is found before anything takes long.
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
+    check_base_exists(sft_args.model, sft_args.tokenizer, sft_args.trust_remote_code)
     conversations = open_conversations(sft_args)
     prepare_push(args)
 

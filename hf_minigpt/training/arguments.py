@@ -17,7 +17,7 @@ import yaml
 from accelerate.utils import DynamoBackend
 from huggingface_hub.constants import HF_HOME
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
@@ -30,6 +30,8 @@ SEED = Range(least=0, most=2**32 - 1)
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
 COUNT = Range(least=1)
+# far above any that trains, far below any that overflows
+RATE = Range(least=0, most=1000)
 SHARE = Range(least=0, below=1)
 # More threads than that start slowly, or not at all.
 THREADS = Range(least=1, most=1024)
@@ -128,7 +130,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-# Fields of TrainingArguments, for every recipe
+# Fields of TrainingArguments, for every recipe, but for those whose names argparse knows
 TRAINER_CONDITIONS: dict[str, tuple[Condition, ...]] = {
     **dict.fromkeys(("seed", "data_seed"), (SEED,)),
     **dict.fromkeys(
@@ -144,20 +146,12 @@ TRAINER_CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "adam_epsilon": (Range(above=0, most=1),),
     "dataloader_num_workers": (Range(least=0, most=THREADS.most),),
     **dict.fromkeys(
-        (
-            *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "neftune_noise_alpha"),
-            *("logging_steps", "eval_delay"),
-        ),
+        (*("warmup_steps", "max_grad_norm", "logging_steps", "eval_delay"),),
         (NOT_NEGATIVE,),
     ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha"), (RATE,)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (SHARE,)),
-    "lr_scheduler_type": (OneOf([member.value for member in SchedulerType]),),
-    "optim": (OneOf([member.value for member in OptimizerNames]),),
     "optim_args": (Assignments(),),
-    **dict.fromkeys(("eval_strategy", "logging_strategy"), (OneOf([member.value for member in IntervalStrategy]),)),
-    "save_strategy": (OneOf([member.value for member in SaveStrategy]),),
-    "hub_strategy": (OneOf([member.value for member in HubStrategy]),),
-    "train_sampling_strategy": (OneOf(["random", "sequential", "group_by_length", "batch_rebalance"]),),
     "torch_compile_backend": (OneOf([member.value.lower() for member in DynamoBackend]),),
     "torch_compile_mode": (OneOf(["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]),),
     "dataloader_multiprocessing_context": (OneOf(["fork", "spawn", "forkserver"]),),
@@ -189,11 +183,11 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub name. Default: that of --model, else one is trained on the corpus."},
     )
-    vocab_size: Annotated[int | None, Range(least=64, multiple_of=64)] = field(
+    vocab_size: Annotated[int | None, Range(least=320, most=2**20, multiple_of=64)] = field(
         default=None,
         metadata={"help": "Size of the tokenizer to train, a multiple of 64. Default: 1024 for the tales, else 4096."},
     )
-    context_length: Annotated[int | None, COUNT] = field(
+    context_length: Annotated[int | None, Range(least=2)] = field(
         default=None, metadata={"help": "Tokens in a row. Default: max_position_embeddings of the model."}
     )
     config_overrides: list[str] = field(
@@ -357,10 +351,10 @@ class RecipeArguments(TrainingArguments):
             "help": "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw; trainer: what --optim says."
         },
     )
-    matrix_learning_rate: Annotated[float, NOT_NEGATIVE] = field(
+    matrix_learning_rate: Annotated[float, RATE] = field(
         default=0.01, metadata={"help": "Learning rate of Muon's matrices."}
     )
-    embedding_learning_rate: Annotated[float | None, NOT_NEGATIVE] = field(
+    embedding_learning_rate: Annotated[float | None, RATE] = field(
         default=None,
         metadata={
             "help": "Learning rate of the embeddings beside Muon. Default: 0.3 of their initial standard deviation."
@@ -394,6 +388,10 @@ class RecipeArguments(TrainingArguments):
             raise ValueError(
                 f"optim={self.optim!r} is read only with optimizer='trainer', not with {self.optimizer!r}. Set "
                 "--optimizer trainer, or leave out --optim."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would take columns from the batches that the model reads. Leave it out."
             )
         if self.dataloader_persistent_workers:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.reviews import ReviewSplits, load_reviews
-from .arguments import _HELP, COUNT, NOT_NEGATIVE, SEED, SHARE, RecipeArguments, best_by
+from .arguments import _HELP, COUNT, NOT_NEGATIVE, RATE, SEED, SHARE, RecipeArguments, best_by
 from .flags import Condition, Needs, Range, Unique, check_arguments
 
 
@@ -151,7 +151,7 @@ class ClassificationArguments(RecipeArguments):
     learning_rate: float | None = field(
         default=1e-3, metadata={"help": "AdamW's learning rate: of everything, or beside Muon of what is no matrix."}
     )
-    matrix_learning_rate: Annotated[float, NOT_NEGATIVE] = field(
+    matrix_learning_rate: Annotated[float, RATE] = field(
         default=0.01, metadata={"help": "Learning rate of Muon's matrices."}
     )
     warmup_steps: float = field(default=0.05, metadata=_HELP["warmup_steps"])
@@ -178,7 +178,7 @@ class ClassificationArguments(RecipeArguments):
             "attention weighs them."
         },
     )
-    auxiliary_lm_weight: Annotated[float, NOT_NEGATIVE] = field(
+    auxiliary_lm_weight: Annotated[float, RATE] = field(
         default=0.0, metadata={"help": "Weight of the language-model loss beside the classifier's (GPT-1's lambda)."}
     )
     dropout: Annotated[float | None, SHARE] = field(

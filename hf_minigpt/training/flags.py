@@ -85,9 +85,7 @@ class OneOf(Condition):
 
     def problem(self, value: Any, flags: Flags) -> str | None:
         known = list(self.names() if callable(self.names) else self.names)
-        for item in _items(value):
-            # enumerations of transformers are strings, which write themselves otherwise
-            name = str(getattr(item, "value", item))
+        for name in _items(value):
             if name not in known and not self.also(name):
                 return f"is unknown.{did_you_mean(name, known)} There are: {', '.join(known)}"
         return None
@@ -132,15 +130,16 @@ def _general_problem(value: Any) -> str | None:
 
 
 def conditions(dataclass_type: Any) -> dict[str, list[Condition]]:
-    """The conditions of each field that has some."""
+    """The conditions of each field that has some; a subclass that only changes a default keeps those of its parent."""
     found: dict[str, list[Condition]] = {}
     for parent in reversed(dataclass_type.__mro__):
         for name, inherited in vars(parent).get("CONDITIONS", {}).items():
             found[name] = list(inherited)
-    for name, hint in get_type_hints(dataclass_type, include_extras=True).items():
-        own = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Condition)]
-        if own:
-            found[name] = own
+        hints = get_type_hints(parent, include_extras=True) if "__annotations__" in vars(parent) else {}
+        for name in vars(parent).get("__annotations__", {}):
+            own = [item for item in getattr(hints[name], "__metadata__", ()) if isinstance(item, Condition)]
+            if own:
+                found[name] = own
     return found
 
 

@@ -41,6 +41,7 @@ from .arguments import (
     _HELP,
     COUNT,
     NOT_NEGATIVE,
+    RATE,
     SEED,
     SHARE,
     AttentionImplementation,
@@ -131,7 +132,7 @@ class InstructionArguments:
     )
     merge_lora: bool = field(default=False, metadata={"help": "Save base model and adapter as one model."})
 
-    learning_rate_factor: Annotated[float, NOT_NEGATIVE] = field(
+    learning_rate_factor: Annotated[float, RATE] = field(
         default=0.5, metadata={"help": "Inherited learning rates are the pretraining run's times this."}
     )
     show_examples: Annotated[int, NOT_NEGATIVE] = field(
@@ -426,7 +427,8 @@ def answer_all(
         batch = order[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
         length = padded["input_ids"].shape[1]
-        room = max_new_tokens
+        # of positions without a table too: nothing that long was learned
+        room = min(max_new_tokens, config.max_position_embeddings)
         if config.position_embedding_type == "learned":
             # the last token written is not read again
             room = min(room, config.max_position_embeddings + 1 - length)

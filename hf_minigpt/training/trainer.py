@@ -1,6 +1,7 @@
 """transformers' Trainer, with an evaluation that is exact for language models and a log that counts tokens."""
 
 import time
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ class LanguageModelTrainer(Trainer):
         self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
         self._hits_and_labels = torch.zeros(2, dtype=torch.int64)
         self._flops_per_token: float | None = None
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last=True with per_device_train_batch_size={self.args.per_device_train_batch_size}: "
+                f"the {len(self.train_dataset)} rows fill no batch on {self.args.world_size} processes. Choose a "
+                "smaller one."
+            )
+        return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
