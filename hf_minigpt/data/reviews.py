@@ -286,8 +286,8 @@ class _ClassNumbers:
             return None
         number = _whole_number(value)
         keys = [str(value)]
-        if isinstance(value, bool):
-            keys.append(str(value).lower())
+        if keys[0].lower() in ("true", "false"):
+            keys.append(keys[0].lower())
         if number is not None:
             keys.append(str(number))
         if self.declared is not None and isinstance(value, int):
