@@ -57,6 +57,15 @@ def take_cache(cache: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
     return cache
 
 
+def check_empty(cache: Cache | None) -> None:
+    """Refuse a cache that holds tokens, where it cannot be read; an empty one is only left out."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values holds {cache.get_seq_length()} tokens, and gradient checkpointing in training reads no "
+            "cache: give all tokens in input_ids, or call model.gradient_checkpointing_disable()."
+        )
+
+
 def take_paged_cache(kwargs: dict[str, Any]) -> Any:
     """The cache of continuous batching, which is no `Cache`, taken out of `kwargs`."""
     if kwargs.get("cache") is None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -44,12 +45,14 @@ from .functional_minigpt import (
     find_text,
     finish_logits,
     sinusoidal_embedding,
+    slice_logits_to_keep,
     truncate_texts,
 )
 from .generation_minigpt import (
     CACHE_FIELD,
     MODEL_UPDATES_PAGED_CACHE,
     Decoding,
+    check_empty,
     check_kwargs,
     grow_in_place,
     single_token_inputs,
@@ -319,13 +322,18 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             token_type_ids: (B, T) ids whose token embeddings are added (GPT-1, GPT-2).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, or a position beyond a learned table.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, a position beyond a learned table, or a cache
+                with tokens in training with gradient checkpointing.
             TypeError: an argument that neither the model nor the attention reads. A `Cache` is found under any name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = take_cache(past_key_values, kwargs)
         check_kwargs(kwargs, self.config._attn_implementation)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs each block again, which would add its keys and values to the cache again.
+            check_empty(past_key_values)
+            past_key_values, use_cache = None, False
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -360,14 +368,10 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         # A changed config leaves out the last ones (`assistant_early_exit`).
         for block in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = block(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        cache = {CACHE_FIELD: past_key_values}
+            # By position: by keyword, transformers before 5.24 takes the cache out in training mode even without
+            # gradients, and `generate` would read each token without a past.
+            hidden_states = block(hidden_states, mask, position_embeddings, past_key_values, **kwargs)
+        cache: dict[str, Any] = {CACHE_FIELD: past_key_values}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
 
@@ -432,7 +436,8 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             if all(other is None or other is False for other in others) and not count_correct:
                 logits = self.decoding.step(self, input_ids, attention_mask, position_ids, past_key_values)
                 if logits is not None:
-                    return MiniGPTCausalLMOutput(logits=logits, **{CACHE_FIELD: past_key_values})
+                    cache: dict[str, Any] = {CACHE_FIELD: past_key_values}
+                    return MiniGPTCausalLMOutput(logits=logits, **cache)
 
         loss_kwargs = {
             name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in kwargs
