@@ -322,14 +322,14 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             token_type_ids: (B, T) ids whose token embeddings are added (GPT-1, GPT-2).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, a position beyond a learned table, or a cache
-                with tokens in training with gradient checkpointing.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, a position beyond a learned table, or, in
+                training with gradient checkpointing, a cache that holds tokens.
             TypeError: an argument that neither the model nor the attention reads. A `Cache` is found under any name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = take_cache(past_key_values, kwargs)
-        check_kwargs(kwargs, self.config._attn_implementation)
+        check_kwargs(kwargs, self.config._attn_implementation, position_ids)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The backward pass runs each block again, which would add its keys and values to the cache again.
             check_empty(past_key_values)
