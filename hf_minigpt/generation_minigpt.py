@@ -10,6 +10,7 @@ declines.
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from .functional_minigpt import apply_rotary, check_positions, finish_logits, sinusoidal_embedding
@@ -30,7 +32,7 @@ Module = Any
 # What an output calls its cache: `past_key_values`, and since transformers 5.24 `cache`.
 CACHE_FIELD = fields(BaseModelOutputWithPast)[1].name
 # Since 5.24 a model adds to the paged cache of continuous batching; before, the attention function did.
-MODEL_UPDATES_PAGED_CACHE = CACHE_FIELD != "past_key_values"
+MODEL_UPDATES_PAGED_CACHE = "cache" not in signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
 
 # What transformers hands to every model. Attention that ignores a name would ignore a typo, too.
 KNOWN_KWARGS = frozenset(
