@@ -204,6 +204,20 @@ def masked_logit(dtype: torch.dtype) -> float:
     return -(torch.finfo(dtype).max ** 0.8)
 
 
+def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The positions of `hidden_states` (B, T, C) that `logits_to_keep` names, as in transformers since 5.21: the last so
+    many (0: all), positions (N,) of every row, positions (B, N) of each row, or a boolean mask (B, T), which flattens.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim < 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
 def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | None) -> torch.Tensor:
     """
     What follows the head's matrix product: the soft cap, then the mask over ids beyond the tokenizer's.

@@ -10,6 +10,7 @@ declines.
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from .functional_minigpt import apply_rotary, check_positions, finish_logits, sinusoidal_embedding
@@ -30,31 +32,52 @@ Module = Any
 # What an output calls its cache: `past_key_values`, and since transformers 5.24 `cache`.
 CACHE_FIELD = fields(BaseModelOutputWithPast)[1].name
 # Since 5.24 a model adds to the paged cache of continuous batching; before, the attention function did.
-MODEL_UPDATES_PAGED_CACHE = CACHE_FIELD != "past_key_values"
+MODEL_UPDATES_PAGED_CACHE = "cache" not in signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
 
-# What transformers hands to every model or attention function. Attention that ignores a name would ignore a typo, too.
+# What transformers hands to every model. Attention that ignores a name would ignore a typo, too.
 KNOWN_KWARGS = frozenset(
     {
         *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
-        *("position_ids", "cache_position", "seq_idx", "is_causal", "sliding_window", "softcap", "s_aux"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic", "target_dtype"),
+        *("position_ids", "is_causal"),
         # of `generate`, which hands them on
         *("tokenizer", "assistant_tokenizer"),
-        # of continuous batching
-        *("cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"),
     }
 )
-OWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "paged|")
+# Borders of documents, which flash attention takes from here and all other attention from the positions.
+DOCUMENT_BORDERS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+READ_BY_FLASH = frozenset({"sliding_window", "softcap", "s_aux", "deterministic", "target_dtype"})
+READ_BY_ATTENTION = {
+    "flash_attention": READ_BY_FLASH,
+    "flex_attention": frozenset({"softcap", "s_aux", "position_bias", "kernel_options"}),
+    "sdpa": frozenset({"position_bias"}),
+    "paged|": READ_BY_FLASH,
+    "eager": frozenset[str](),
+}
+# Continuous batching hands these with its cache.
+READ_WITH_PAGED_CACHE = frozenset(
+    {"cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"}
+)
 
 
 def take_cache(cache: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
     """`cache`, or the one that `kwargs` holds under whatever name, which is taken out of them."""
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(f"past_key_values={type(cache).__name__} is no cache: give a transformers.DynamicCache.")
     for name in [name for name, value in kwargs.items() if isinstance(value, Cache)]:
         found = kwargs.pop(name)
         if cache is not None and found is not cache:
             raise TypeError(f"{name} is a second cache beside past_key_values: give only one of them.")
         cache = found
     return cache
+
+
+def check_empty(cache: Cache | None) -> None:
+    """Refuse a cache that holds tokens, where it cannot be read; an empty one is only left out."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values holds {cache.get_seq_length()} tokens, and gradient checkpointing in training reads no "
+            "cache: give all tokens in input_ids, or call model.gradient_checkpointing_disable()."
+        )
 
 
 def take_paged_cache(kwargs: dict[str, Any]) -> Any:
@@ -67,14 +90,27 @@ def take_paged_cache(kwargs: dict[str, Any]) -> Any:
     return kwargs.pop("cache")
 
 
-def check_kwargs(kwargs: dict[str, Any], attention: str) -> None:
+def check_kwargs(kwargs: dict[str, Any], attention: str, position_ids: torch.Tensor | None) -> None:
     """Refuse what nobody would read; an attention function from elsewhere may want any name."""
-    unknown = [name for name, value in kwargs.items() if name not in KNOWN_KWARGS and value is not None]
-    if unknown and attention.startswith(OWN_ATTENTION):
-        raise TypeError(
-            f"{unknown[0]}={type(kwargs[unknown[0]]).__name__} is no argument of MiniGPT's forward, and attention "
-            f"{attention!r} does not read it: check the spelling, or leave it out."
-        )
+    read = next((names for prefix, names in READ_BY_ATTENTION.items() if attention.startswith(prefix)), None)
+    if read is None:
+        return
+    is_paged = hasattr(kwargs.get("cache"), "update") and attention != "eager"
+    for name in [name for name, value in kwargs.items() if value is not None]:
+        if name in KNOWN_KWARGS or name in read or (is_paged and name in READ_WITH_PAGED_CACHE):
+            continue
+        if name not in DOCUMENT_BORDERS:
+            raise TypeError(
+                f"{name}={type(kwargs[name]).__name__} is no argument of MiniGPT's forward, and attention "
+                f"{attention!r} does not read it: check the spelling, or leave it out."
+            )
+        if position_ids is None and not is_paged and not attention.startswith("flash_attention"):
+            raise ValueError(
+                f"{name} is given without position_ids, from which attention {attention!r} tells the documents: give "
+                "position_ids that begin at 0 in each document."
+            )
+    if kwargs.get("is_causal") is False and not is_paged:
+        raise ValueError("is_causal is False, but MiniGPT reads from left to right only: leave it out.")
 
 
 class GrowingLayer(DynamicLayer):

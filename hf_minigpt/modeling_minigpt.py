@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -46,12 +46,14 @@ from .functional_minigpt import (
     finish_logits,
     infer_problem_type,
     sinusoidal_embedding,
+    slice_logits_to_keep,
     truncate_texts,
 )
 from .generation_minigpt import (
     CACHE_FIELD,
     MODEL_UPDATES_PAGED_CACHE,
     Decoding,
+    check_empty,
     check_kwargs,
     grow_in_place,
     single_token_inputs,
@@ -326,13 +328,18 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
             token_type_ids: (B, T) ids whose token embeddings are added (GPT-1, GPT-2).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, or a position beyond a learned table.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, a position beyond a learned table, or, in
+                training with gradient checkpointing, a cache that holds tokens.
             TypeError: an argument that neither the model nor the attention reads. A `Cache` is found under any name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = take_cache(past_key_values, kwargs)
-        check_kwargs(kwargs, self.config._attn_implementation)
+        check_kwargs(kwargs, self.config._attn_implementation, position_ids)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs each block again, which would add its keys and values to the cache again.
+            check_empty(past_key_values)
+            past_key_values, use_cache = None, False
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -367,13 +374,9 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         # A changed config leaves out the last ones (`assistant_early_exit`).
         for block in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = block(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            # By position: by keyword, transformers before 5.24 takes the cache out in training mode even without
+            # gradients, and `generate` would read each token without a past.
+            hidden_states = block(hidden_states, mask, position_embeddings, past_key_values, **kwargs)
         cache: dict[str, Any] = {CACHE_FIELD: past_key_values}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 

@@ -247,9 +247,42 @@ def test_a_cache_is_found_under_any_name(cache_name):
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 4:], rtol=0, atol=1e-5)
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match="atention_mask"):
-        tiny_model()(random_ids(1, 3), atention_mask=torch.ones(1, 3))
+@pytest.mark.parametrize(
+    ("attention", "given", "error", "told"),
+    [
+        ("sdpa", {"atention_mask": torch.ones(1, 3)}, TypeError, "atention_mask=Tensor"),
+        ("eager", {"memory": [1, 2]}, TypeError, "memory=list"),
+        # what only other attention functions read
+        ("sdpa", {"sliding_window": 2}, TypeError, "sliding_window=int"),
+        ("eager", {"softcap": 30.0}, TypeError, "softcap=float"),
+        ("eager", {"s_aux": torch.zeros(3)}, TypeError, "s_aux=Tensor"),
+        ("sdpa", {"cu_seq_lens_q": torch.tensor([0, 2, 3])}, ValueError, "cu_seq_lens_q .* position_ids"),
+        ("eager", {"seq_idx": torch.tensor([[0, 0, 1]])}, ValueError, "seq_idx .* position_ids"),
+        ("sdpa", {"is_causal": False}, ValueError, "is_causal"),
+        # no caches, under the names of caches
+        ("sdpa", {"cache": "static"}, TypeError, "cache=str"),
+        ("sdpa", {"block_table": torch.zeros(1)}, TypeError, "block_table=Tensor"),
+        ("sdpa", {"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, TypeError, "past_key_values=tuple"),
+        ("sdpa", {"memory": DynamicCache(), "past_key_values": DynamicCache()}, TypeError, "memory is a second cache"),
+    ],
+)
+def test_an_argument_that_nobody_reads_is_refused(attention, given, error, told):
+    model = tiny_model(attn_implementation=attention)
+    with pytest.raises(error, match=told):
+        model(random_ids(1, 3), **given)
+
+
+def test_borders_of_documents_beside_positions():
+    """What `DataCollatorWithFlattening` hands to any attention."""
+    model, ids = tiny_model("modern"), random_ids(1, 7)
+    borders = {
+        "cu_seq_lens_q": torch.tensor([0, 3, 7]),
+        "max_length_q": 4,
+        "seq_idx": torch.tensor([[0] * 3 + [1] * 4]),
+    }
+    logits = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **borders).logits
+    apart = torch.cat([model(ids[:, :3]).logits, model(ids[:, 3:]).logits], 1)
+    torch.testing.assert_close(logits, apart, rtol=0, atol=1e-5)
 
 
 def test_a_model_drafts_for_itself_with_fewer_layers():

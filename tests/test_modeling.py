@@ -380,6 +380,11 @@ def test_logits_to_keep(name):
     assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
     keep = torch.tensor([0, 4, 5])
     assert_close(model(ids, logits_to_keep=keep).logits, logits[:, keep])
+    each = torch.tensor([[0, 3], [2, 1]])
+    assert_close(
+        model(ids, logits_to_keep=each).logits, torch.stack([row[at] for row, at in zip(logits, each, strict=True)])
+    )
+    assert_close(model(ids, logits_to_keep=ids > 30).logits, logits[ids > 30])
 
 
 def test_hidden_states_and_attentions_are_recorded():
@@ -447,6 +452,61 @@ def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
     assert plain.keys() == checkpointed.keys()
     for parameter in plain:
         assert_close(plain[parameter], checkpointed[parameter], msg=parameter)
+
+
+def checkpointed_model(model_class=MiniGPTForCausalLM, use_reentrant=False, **overrides):
+    model = tiny_model("modern", model_class, **overrides).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("cache_name", [None, "past_key_values", "cache", "memory"])
+@pytest.mark.parametrize("model_class", [MiniGPTForCausalLM, MiniGPTForSequenceClassification])
+def test_gradient_checkpointing_keeps_no_cache(model_class, cache_name, use_reentrant):
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    labels = ids if model_class is MiniGPTForCausalLM else torch.tensor([0, 1])
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model("modern", model_class).train()
+        options = {"use_cache": False}
+        if checkpointing:
+            model = checkpointed_model(model_class, use_reentrant)
+            options = {"use_cache": True}
+            if cache_name is not None:
+                options[cache_name] = DynamicCache(config=model.config)
+        outputs = model(ids, attention_mask=mask, labels=labels, **options)
+        outputs.loss.backward()
+        results.append((outputs.loss, gradients(model)))
+        assert outputs.get("past_key_values") is None and outputs.get("cache") is None
+        assert cache_name not in options or options[cache_name].get_seq_length() == 0
+    (loss, plain), (checkpointed_loss, checkpointed) = results
+    assert_close(loss, checkpointed_loss)
+    assert plain.keys() == checkpointed.keys()
+    for parameter in plain:
+        assert_close(plain[parameter], checkpointed[parameter], msg=parameter)
+
+
+def test_gradient_checkpointing_refuses_a_cache_with_tokens():
+    model, ids = checkpointed_model(), random_ids(1, 6)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    with pytest.raises(ValueError, match="past_key_values holds 4 tokens"):
+        model(ids[:, 4:], past_key_values=cache, labels=ids[:, 4:])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_generates_in_training_with_gradient_checkpointing(use_reentrant):
+    model, ids = checkpointed_model(use_reentrant=use_reentrant), random_ids(2, 5)
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(written, expected)
 
 
 @pytest.mark.parametrize("switch", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
