@@ -1,11 +1,13 @@
 """The configuration of MiniGPT: every architectural switch, checked as soon as it is set."""
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 # All four, whichever head was saved: a language model is also loaded as a classifier, and vLLM asks for AutoModel.
@@ -15,6 +17,106 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_minigpt.MiniGPTForCausalLM",
     "AutoModelForSequenceClassification": "modeling_minigpt.MiniGPTForSequenceClassification",
 }
+
+
+# What each type of rotary positions reads besides `rope_theta` and `partial_rotary_factor`: needed, and optional keys.
+ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": ({"factor"}, {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+    "proportional": (set(), {"factor"}),
+}
+# The least value of each number, inclusive, and in words.
+ROPE_NUMBERS = {
+    "rope_theta": (1, "a number of at least 1, that of the training; usually 10000.0"),
+    "factor": (1, "a number of at least 1: how many times the context is stretched"),
+    "original_max_position_embeddings": (2, "the context length before it was stretched, at least 2"),
+    "attention_factor": (1e-6, "a number above 0; left out, it follows from factor"),
+    "beta_fast": (1e-6, "a number above 0, usually 32"),
+    "beta_slow": (1e-6, "a number above 0, usually 1"),
+    "mscale": (1e-6, "a number above 0"),
+    "mscale_all_dim": (1e-6, "a number above 0"),
+    "low_freq_factor": (1e-6, "a number above 0, usually 1"),
+    "high_freq_factor": (1e-6, "a number above 0, usually 4"),
+}
+
+
+def is_number(value: Any, least: float) -> bool:
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and math.isfinite(value) and value >= least
+
+
+def check_rope_parameters(parameters: Mapping[str, Any], head_dim: int) -> None:
+    """
+    Refuse rotary parameters that the model would ignore, or from which no frequencies can be computed.
+
+    Raises:
+        ValueError: with key, value and remedy.
+    """
+    rope_type = parameters.get("rope_type", "default")
+    types = {*ROPE_KEYS, *ROPE_INIT_FUNCTIONS}
+    if not isinstance(rope_type, str) or rope_type not in types:
+        raise ValueError(
+            f"rope_parameters has rope_type={rope_type!r}, which is unknown: choose one of {', '.join(sorted(types))}."
+        )
+    if rope_type in ROPE_KEYS:
+        needed, optional = ROPE_KEYS[rope_type]
+        known = set().union(*(keys for pair in ROPE_KEYS.values() for keys in pair))
+        for name, value in parameters.items():
+            # a name that is new to all types is transformers' to warn of, which may know more of them one day
+            if name in known - needed - optional or isinstance(value, dict):
+                raise ValueError(
+                    f"rope_parameters has {name}={value!r}, which rope_type={rope_type!r} does not read: leave it "
+                    "out, or choose the rope_type that it belongs to. All layers have the same."
+                )
+        missing = sorted(needed - parameters.keys())
+        if missing:
+            raise ValueError(
+                f"rope_parameters={dict(parameters)} with rope_type={rope_type!r} lacks {', '.join(missing)}: add it."
+            )
+    # A new config has rope_theta; one that is changed may have lost it, and the default need not be what was trained.
+    parameters = {"rope_theta": None, **parameters}
+    for name, (least, wanted) in ROPE_NUMBERS.items():
+        if name in parameters and not is_number(parameters[name], least):
+            raise ValueError(f"rope_parameters has {name}={parameters[name]!r}: choose {wanted}.")
+    if rope_type == "yarn" and parameters["rope_theta"] == 1:
+        raise ValueError(
+            "rope_parameters has rope_theta=1, which with rope_type='yarn' must be more, usually 10000.0."
+        )
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        defaults = {"beta_slow": 1, "beta_fast": 32}
+        values = [parameters.get(name, defaults.get(name)) for name in (low, high)]
+        if None not in values and values[0] >= values[1]:
+            raise ValueError(f"rope_parameters has {low}={values[0]} and {high}={values[1]}: {high} must be larger.")
+    if not isinstance(parameters.get("truncate", True), bool):
+        raise ValueError(f"rope_parameters has truncate={parameters['truncate']!r}: choose true or false.")
+
+    share = parameters.get("partial_rotary_factor", 1.0)
+    if not is_number(share, 0) or not 0 < share <= 1:
+        raise ValueError(
+            f"rope_parameters has partial_rotary_factor={share!r}, the share of a head's dimensions that is turned: "
+            "choose one above 0 and up to 1, or leave it out."
+        )
+    num_turned = head_dim if rope_type == "proportional" else int(head_dim * share)
+    # the base of `dynamic` is raised to the power of n / (n - 2)
+    least = 4 if rope_type == "dynamic" else 2
+    if num_turned % 2 or num_turned < least:
+        raise ValueError(
+            f"head_dim={head_dim} with partial_rotary_factor={share} has {num_turned} dimensions to turn: rotary "
+            f"positions turn pairs, choose an even number, at least {least}."
+        )
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name, [1] * (num_turned // 2))
+        if not isinstance(factors, (list, tuple)) or not all(is_number(factor, 1e-6) for factor in factors):
+            raise ValueError(f"rope_parameters has {name}={factors!r}: it must be a list of numbers above 0.")
+        if len(factors) != num_turned // 2:
+            raise ValueError(
+                f"rope_parameters has {len(factors)} numbers in {name}={factors!r}: {num_turned} dimensions of each "
+                f"head are turned, give {num_turned // 2}."
+            )
 
 
 @strict
@@ -44,12 +146,18 @@ class MiniGPTConfig(PreTrainedConfig):
         embedding_norm (`bool`): also norm the embedding (NanoChat).
         residual (`bool`): whether each branch is added to its input.
         position_embedding_type (`str`): `learned`, `sinusoidal`, `rope` or `none`.
-        rope_parameters (`dict`, *optional*): transformers' rotary parameters; None: base 10000, if rotary.
+        rope_parameters (`dict`, *optional*): transformers' rotary parameters: `rope_type` (`default`, `linear`,
+            `dynamic`, `yarn`, `longrope`, `llama3`, `proportional` or one registered in `ROPE_INIT_FUNCTIONS`), its
+            `rope_theta`, what the type reads besides, and `partial_rotary_factor`, the share of each head's dimensions
+            that is turned, the first ones. None: all of them, base 10000, if rotary.
         qk_norm (`bool`): RMS-normalise queries and keys, without parameters, after the rotation (NanoChat).
         attention_scaling (`float`, *optional*): factor of the attention scores. None: `head_dim ** -0.5`.
         qkv_bias, attention_out_bias, mlp_bias, lm_head_bias (`bool`): which projections have a bias.
         tie_word_embeddings (`bool`): whether the output head is the embedding table.
         final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` on the logits.
+        skip_logits (`bool`): whether training with labels computes the loss without the logits, which saves their
+            memory where the vocabulary is large. The output then has `loss` only. The `skip_logits` argument of the
+            forward pass goes first.
         residual_init (`str`): the projections that end a branch start at `initializer_range / sqrt(2 * layers)`
             (`gpt2`), at `initializer_range` (`normal`), or at zero together with an untied output head (`zero`).
         initializer_range (`float`): standard deviation of the normal initialisation.
@@ -116,6 +224,7 @@ class MiniGPTConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | int | None = None
+    skip_logits: bool = False
     residual_init: Literal["gpt2", "zero", "normal"] = "gpt2"
     initializer_range: float = 0.02
     embd_pdrop: float | int = 0.1
@@ -145,11 +254,24 @@ class MiniGPTConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}: choose a width that is, or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.position_embedding_type == "rope":
-            if self.rope_parameters is None:
-                self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        else:
-            self.rope_parameters = None
+        self.rope_parameters = self.complete_rope_parameters() if self.position_embedding_type == "rope" else None
+
+    def complete_rope_parameters(self) -> dict[str, Any]:
+        """`rope_parameters` without the keys that are None, and with the defaults of those that have one."""
+        given: Mapping[str, Any] = self.rope_parameters or {}
+        parameters = {name: value for name, value in given.items() if value is not None}
+        parameters = {"rope_type": "default", "rope_theta": self.default_theta} | parameters
+        original: Any = parameters.get("original_max_position_embeddings")
+        if parameters["rope_type"] == "yarn" and is_number(original, 1) and original < self.max_position_embeddings:
+            parameters.setdefault("factor", self.max_position_embeddings / original)
+        return parameters
+
+    def validate_rope(self):
+        """Part of `@strict`, as `validate_architecture`. transformers' own only warns of values that are wrong."""
+        # a head_dim that is wrong is validate_architecture's to refuse
+        if self.position_embedding_type == "rope" and is_number(self.head_dim, least=1):
+            check_rope_parameters(self.rope_parameters or {}, self.head_dim)
+            super().validate_rope()
 
     def to_dict(self):
         # Files saved from a model that came from the Hub point at their own copy of the code, not at that repository.
@@ -179,10 +301,6 @@ class MiniGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must lie between 1 and vocab_size={self.vocab_size}: "
                 "it is the size of the tokenizer, vocab_size that of the padded table."
-            )
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} is odd: rotary positions turn pairs of dimensions, choose an even head_dim."
             )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(

@@ -264,6 +264,10 @@ def from_nanochat(source: Source, **overrides: Any) -> PreTrainedModel:
     _refuse(config, {"num_key_value_heads": config.num_attention_heads}, remedy)
     # No field of NanoChatConfig, but NanoChat reads it.
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    rope_parameters = copy.deepcopy(config.rope_parameters)
+    if rope_parameters.get("rope_type", "default") == "default":
+        # which NanoChat does not read
+        rope_parameters.pop("partial_rotary_factor", None)
     fields = _carry(config, "use_cache") | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -278,7 +282,7 @@ def from_nanochat(source: Source, **overrides: Any) -> PreTrainedModel:
         "layer_norm_epsilon": config.rms_norm_eps,
         "embedding_norm": True,
         "position_embedding_type": "rope",
-        "rope_parameters": copy.deepcopy(config.rope_parameters),
+        "rope_parameters": rope_parameters,
         "qk_norm": True,
         "qkv_bias": config.attention_bias,
         "attention_out_bias": config.attention_bias,
@@ -309,6 +313,9 @@ def to_nanochat(source: Source) -> PreTrainedModel:
     also = []
     if config.attention_scaling not in (None, config.head_dim**-0.5):
         also.append(f"attention_scaling={config.attention_scaling} (needs None)")
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0) if config.rope_parameters else 1.0
+    if share != 1:
+        also.append(f"rope_parameters with partial_rotary_factor={share} (needs 1)")
     remedy = "Publish it as a MiniGPT, which carries its code, or train from a minigpt-* preset to export it."
     _refuse(config, NANOCHAT_NEEDS | HEAD_NEEDS[nanochat_class], remedy, also)
     nanochat_config = NanoChatConfig(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -31,7 +32,13 @@ MIN_CHUNK_ROWS = 512
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[d], x[d + D/2]) of x (B, H, T, D) by its position's angle, in Llama's direction."""
+    """
+    Turn each pair (x[d], x[d + R/2]) of the first R dimensions of x (B, H, T, D) by its position's angle, in Llama's
+    direction. Cosines and sines are (B, T, R), R at most D.
+    """
+    num_turned = cos.shape[-1]
+    if num_turned < x.shape[-1]:
+        return torch.cat((apply_rotary(x[..., :num_turned], cos, sin), x[..., num_turned:]), dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, T, D) -> (B, 1, T, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -189,6 +196,14 @@ def truncate_texts(
     return input_ids.gather(1, order), is_kept.gather(1, order).long()
 
 
+def masked_logit(dtype: torch.dtype) -> float:
+    """
+    The logit of an id that does not exist: its probability is 0. It is not the lowest finite value, which divided by
+    a temperature below 1 would be infinite, and an entropy of infinite logits NaN.
+    """
+    return -(torch.finfo(dtype).max ** 0.8)
+
+
 def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | None) -> torch.Tensor:
     """
     What follows the head's matrix product: the soft cap, then the mask over ids beyond the tokenizer's.
@@ -196,13 +211,13 @@ def finish_logits(logits: torch.Tensor, softcap: float | None, num_ids: int | No
     Args:
         logits: (..., vocab_size).
         softcap: `cap * tanh(logits / cap)`; None for no cap.
-        num_ids: ids from here on get the lowest finite value; None where the table is not padded.
+        num_ids: ids from here on get `masked_logit`; None where the table is not padded.
     """
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if num_ids is not None and num_ids < logits.shape[-1]:
         padding = torch.arange(logits.shape[-1], device=logits.device) >= num_ids
-        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(padding, masked_logit(logits.dtype))
     return logits
 
 
@@ -271,27 +286,59 @@ def divide(total, num_items: torch.Tensor | int | None, targets: torch.Tensor, i
     return total / count_items(num_items, targets, ignore_index)
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+
+def infer_problem_type(labels: torch.Tensor, num_labels: int) -> ProblemType:
+    """What transformers' models take labels for: regression with one label, else told by the dtype."""
+    if num_labels == 1:
+        return "regression"
+    is_class = labels.dtype in (torch.long, torch.int)
+    return "single_label_classification" if is_class else "multi_label_classification"
+
+
+LABEL_REMEDIES: dict[ProblemType, str] = {
+    "regression": "give floats (B, num_labels), or (B,) with one label; classes need num_labels of 2 or more",
+    "single_label_classification": (
+        "give class numbers (B,) as int64; for several labels a row give floats (B, num_labels) and set "
+        "config.problem_type='multi_label_classification'"
+    ),
+    "multi_label_classification": (
+        "give floats (B, num_labels), 1 for each label that applies; for one class a row give class numbers (B,) as "
+        "int64 and set config.problem_type='single_label_classification'"
+    ),
+}
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: ProblemType) -> torch.Tensor:
     """
     Loss of a classifier, summed over the label entries, in float32.
 
     Args:
         logits: (B, num_labels).
-        labels: (B,) classes, or (B,) or (B, num_labels) floats.
-        problem_type: one of transformers' three; None: regression with one label, else told by the labels' dtype.
+        labels: (B,) classes, or (B, num_labels) numbers, which with one label may also be (B,).
+        problem_type: one of transformers' three.
+
+    Raises:
+        ValueError: the labels are of another shape or, where they are class numbers, no integers.
     """
+    is_class = problem_type == "single_label_classification"
+    fits = labels.shape == logits.shape
+    if is_class or logits.shape[1] == 1:
+        fits = labels.numel() == logits.shape[0]
+    if not fits or (is_class and labels.is_floating_point()):
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} and {labels.dtype} do not fit problem_type={problem_type!r} with "
+            f"logits (B, num_labels) = {tuple(logits.shape)}: {LABEL_REMEDIES[problem_type]}."
+        )
     logits = logits.float()
-    if problem_type is None:
-        is_class = labels.dtype in (torch.long, torch.int)
-        problem_type = "single_label_classification" if is_class else "multi_label_classification"
-        if logits.shape[-1] == 1:
-            problem_type = "regression"
-    if problem_type == "regression":
-        return F.mse_loss(logits.view_as(labels), labels.float(), reduction="sum")
-    if problem_type == "single_label_classification":
+    if is_class:
         check_labels(labels, logits.shape[-1])
         return F.cross_entropy(logits, labels.view(-1).long(), reduction="sum")
-    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
+    labels = labels.reshape(logits.shape).float()
+    if problem_type == "regression":
+        return F.mse_loss(logits, labels, reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -350,7 +397,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 tanh = torch.tanh(logits.div_(softcap), out=None if plans_memory else capped[: len(inputs)])
                 logits = torch.mul(tanh, softcap, out=None if plans_memory else logits)
             if padding is not None:
-                logits[:, padding] = torch.finfo(logits.dtype).min
+                logits[:, padding] = masked_logit(logits.dtype)
             if count_correct:
                 num_correct += (logits.argmax(1, keepdim=True) == targets[rows, None]).sum()
             if not need_grad:
@@ -403,10 +450,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # To be differentiated again (create_graph=True): of what was computed in advance there is no graph.
             # Views, so that a gradient is not also that by way of another input: hidden states of a tied head.
             inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (hidden, weight, bias)]
-            total, _ = plain_cross_entropy(*inputs, targets, row_weights, *ctx.options)
+            total, _ = plain_cross_entropy(inputs[0], inputs[1], inputs[2], targets, row_weights, *ctx.options)
             needed = [i for i in range(3) if ctx.needs_input_grad[i]]
-            grads = torch.autograd.grad(total, [inputs[i] for i in needed], grad_total, create_graph=True)
-            found = dict(zip(needed, grads, strict=True))
+            recomputed = torch.autograd.grad(total, [inputs[i] for i in needed], grad_total, create_graph=True)
+            found = dict(zip(needed, recomputed, strict=True))
             return *(found.get(i) for i in range(3)), None, None, None, None, None, None, None
         # Looking is free on a CPU, where a table's product with 1 takes as long as its sum over a chunk.
         is_one = grad_total.device.type == "cpu" and not is_tracing(grad_total) and grad_total.item() == 1

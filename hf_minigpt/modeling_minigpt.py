@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ from .functional_minigpt import (
     divide,
     find_text,
     finish_logits,
+    infer_problem_type,
     sinusoidal_embedding,
     truncate_texts,
 )
@@ -101,22 +103,27 @@ class MiniGPTRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
+        # Again, because a config may be changed after it was built.
+        config.validate_rope()
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init_fn(config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (D / 2,) of Su et al. (2021), and the factor of cosine and sine, 1."""
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        """Inverse frequencies (R / 2,) of Su et al. (2021), and the factor of cosine and sine, 1."""
+        num_turned = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, num_turned, 2, dtype=torch.float) / num_turned
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B or 1, T, D / 2)
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B or 1, T, R / 2)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
@@ -367,7 +374,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        cache = {CACHE_FIELD: past_key_values}
+        cache: dict[str, Any] = {CACHE_FIELD: past_key_values}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
 
@@ -420,8 +427,9 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), usually `input_ids`: position t is scored against label t + 1; -100 is ignored.
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions it lists.
-            skip_logits: compute the loss without the logits; None: in training with labels. An adapter on the head, or
-                `logits_to_keep`, makes it the plain way, with the same loss.
+            skip_logits: compute the loss without the logits, which saves their memory; the output then has none. None:
+                `config.skip_logits` in training, False in evaluation. It has no effect without labels or with
+                `logits_to_keep`.
             count_correct: also count the labels that are the most likely token.
             kwargs: `shift_labels` (B, T) are labels that are already shifted; `num_items_in_batch` divides the summed
                 loss instead of the number of labels; `ignore_index` replaces -100. The rest goes to `MiniGPTModel`.
@@ -432,7 +440,8 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
             if all(other is None or other is False for other in others) and not count_correct:
                 logits = self.decoding.step(self, input_ids, attention_mask, position_ids, past_key_values)
                 if logits is not None:
-                    return MiniGPTCausalLMOutput(logits=logits, **{CACHE_FIELD: past_key_values})
+                    cache: dict[str, Any] = {CACHE_FIELD: past_key_values}
+                    return MiniGPTCausalLMOutput(logits=logits, **cache)
 
         loss_kwargs = {
             name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in kwargs
@@ -450,7 +459,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or loss_kwargs.get("shift_labels") is not None
         if skip_logits is None:
-            skip_logits = self.training
+            skip_logits = self.training and self.config.skip_logits
         skip_logits = skip_logits and has_labels and isinstance(logits_to_keep, int) and logits_to_keep == 0
 
         loss = logits = num_correct = None
@@ -539,15 +548,16 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         """
         Args:
             attention_mask: (B, T); where absent the padding is told by `config.pad_token_id`.
-            labels: (B,) classes or (B,) or (B, num_labels) floats: regression with one label, else multi-label, unless
-                `config.problem_type` says otherwise.
+            labels: (B,) class numbers, of which -100 is ignored, or (B, num_labels) floats: regression with one label
+                (then also (B,)), else multi-label. `config.problem_type`, where it is None, becomes what the first
+                labels are.
             num_items_in_batch: number of label entries that the summed loss is divided by; None: those of this batch.
 
         Returns:
             Logits (B, num_labels).
 
         Raises:
-            ValueError: the batch has several rows and nothing tells their padding.
+            ValueError: the batch has several rows and nothing tells their padding, or the labels do not fit.
         """
         length = self.config.truncation_length
         others = (position_ids, past_key_values, token_type_ids)
@@ -583,12 +593,17 @@ class MiniGPTForSequenceClassification(MiniGPTPreTrainedModel):
         loss = None
         if labels is not None:
             labels = labels.to(logits.device)
+            problem_type = self.config.problem_type or infer_problem_type(labels, self.config.num_labels)
+            loss = classification_loss(logits, labels, problem_type)
+            if self.config.problem_type is None:
+                # Kept, as in transformers' own models: the saved model's pipeline chooses its function by it.
+                self.config.problem_type = problem_type
             if num_items_in_batch is None:
-                num_items_in_batch = (labels != -100).sum()
-            loss = classification_loss(logits, labels, self.config.problem_type)
+                is_class = problem_type == "single_label_classification"
+                num_items_in_batch = (labels != -100).sum() if is_class else labels.numel()
             loss = divide(loss, num_items_in_batch, labels, -100)
             if self.lm_head is not None:
-                labels_per_row = max(labels.numel() // labels.shape[0], 1)
+                labels_per_row = max(labels.numel() // logits.shape[0], 1)
                 auxiliary_loss = auxiliary_lm_loss(
                     self.lm_head,
                     hidden_states,

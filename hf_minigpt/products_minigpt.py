@@ -148,7 +148,12 @@ class _ByLinear(TorchFunctionMode):
     """Within it every `F.linear` is `linear`'s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        # some call it by the names of its arguments
+        names = {"inputs" if name == "input" else name: value for name, value in kwargs.items()}
+        return linear(*args, **names)
 
 
 def project(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -159,7 +164,7 @@ def project(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not prefers_onednn():
         return module(inputs)
-    if is_plain_linear(module):
+    if isinstance(module, nn.Linear) and is_plain_linear(module):
         return linear(inputs, module.weight, module.bias)
     # what an adapter wraps, and a layer that somebody listens to, is no slower
     with _ByLinear():

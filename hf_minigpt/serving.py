@@ -20,6 +20,7 @@ adapter's folder is served as its base model with the adapter merged.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from . import adapters
 from .registration import register
+from .training.flags import Range
 
 
 class ModelManager(model_manager.ModelManager):
@@ -242,6 +244,25 @@ def build_server(*args: Any, **kwargs: Any) -> Any:
 transformers_app = server.build_server
 
 
+# Numbers of the command line; port 0 is any free one
+SERVER_FLAGS = {
+    "port": Range(least=0, most=65535),
+    "default_seed": Range(least=0, most=2**32 - 1),
+    **dict.fromkeys(("model_timeout", "cb_block_size", "cb_num_blocks", "cb_max_batch_tokens"), Range(least=1)),
+    "cb_max_memory_percent": Range(above=0, most=1),
+}
+
+
+@functools.wraps(Serve)
+def serve(*args: Any, **kwargs: Any) -> Serve:
+    """`transformers serve`, which would find a wrong number once the model is loaded, or with the first request."""
+    for name, allowed in SERVER_FLAGS.items():
+        value = kwargs.get(name)
+        if value is not None and value not in allowed:
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {value} must be {allowed}.")
+    return Serve(*args, **kwargs)
+
+
 def main(argv: list[str] | None = None) -> None:
     """`python -m hf_minigpt`: the command line of `transformers serve`."""
     register()
@@ -253,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     server.build_server = build_server
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
     app.callback()(_check_installed)
-    app.command(name="serve")(Serve)
+    app.command(name="serve")(serve)
     app(argv)
 
 

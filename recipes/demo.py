@@ -25,6 +25,7 @@ from pathlib import Path
 from hf_minigpt.adapters import is_adapter, merged, save_merged
 from hf_minigpt.publishing import page
 from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.flags import number
 
 
 APP = '''\
@@ -102,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--title", help="default: the model's name")
     parser.add_argument("--prompt", default="Once upon a time", help="the text at the beginning")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--port", type=number(int, least=1, most=65535), help="default: the first free one from 7860 on"
+    )
     parser.add_argument("--space", type=Path, help="write a Hub Space into this folder instead")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
     args = parser.parse_args(argv)

@@ -36,9 +36,14 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from hf_minigpt.data.batching import ReviewCollator
 from hf_minigpt.data.reviews import ReviewRows, write_texts
-from hf_minigpt.publishing.classification_cards import format_classification_metrics, save_classification_card
+from hf_minigpt.publishing.classification_cards import (
+    FIGURES,
+    format_classification_metrics,
+    save_classification_card,
+)
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.training.arguments import ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.base_model import check_base_exists
 from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.classification_arguments import (
     ClassificationArguments,
@@ -47,17 +52,18 @@ from hf_minigpt.training.classification_arguments import (
     SeedArguments,
 )
 from hf_minigpt.training.classification_baseline import check_baseline_possible, compare_with_baseline
-from hf_minigpt.training.classification_metrics import classification_metrics
+from hf_minigpt.training.classification_metrics import accuracy_interval, classification_metrics
 from hf_minigpt.training.classification_model import add_lora, build_classifier, check_lora_possible
 from hf_minigpt.training.classification_reporting import (
     ask_command,
     classification_report,
     describe_data,
+    draw_figures,
     evaluate_pipeline,
-    plot_and_measure,
     spread,
 )
 from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.sealing import check_resume
 from hf_minigpt.training.trainer import end_training
 
@@ -108,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Whatever can be wrong is found before anything takes long.
     check_lora_possible(lora_args, model_args)
+    check_base_exists(model_args.model, model_args.tokenizer, model_args.trust_remote_code)
+    model_args.overrides()
     if review_args.baseline:
         check_baseline_possible()
     splits = review_args.load()
@@ -128,38 +136,58 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         found, its_metrics = train(seed, folder, model_args, review_args, args, lora_args, splits)
         accuracies.append(its_metrics["test_accuracy"])
         found.accelerator.print(f"seed {seed}: {accuracies[-1]:.2%} of the test texts right")
+        if folder != args.output_dir:
+            found.save_metrics("finetune", its_metrics)
         if trainer is None or its_metrics["eval_accuracy"] > metrics["eval_accuracy"]:
             trainer, metrics = found, its_metrics
     if len(seeds) > 1:
         metrics["test_accuracy_mean"], metrics["test_accuracy_spread"] = spread(accuracies)
 
-    # Results
+    # Results: first what cannot be had again
     trainer.args.output_dir = args.output_dir
     if lora_args.merge_lora:
         trainer.model = trainer.model.merge_and_unload()
     trainer.model.config.use_cache = True
-    trainer.save_model()
+    # called so, it leaves pushing to the end
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
         if lora_args.lora and not lora_args.merge_lora:
             trainer.model.config.save_pretrained(args.output_dir)
-        more = plot_and_measure(trainer.test_logits, splits, args.output_dir)
-        if review_args.baseline:
-            more |= compare_with_baseline(trainer.test_logits.argmax(-1).numpy(), splits)
-        if review_args.pipeline_examples > 0:
-            first = splits.test.select(range(min(review_args.pipeline_examples, len(splits.test))))
-            more |= evaluate_pipeline(trainer.model, trainer.processing_class, first)
-        metrics |= {f"test_{name}": value for name, value in more.items()}
-        trainer.save_metrics("finetune", metrics)
         command = f"accelerate launch recipes/finetune_imdb.py {shlex.join(argv)}".strip()
-        report = classification_report(
-            model_args, review_args, args, lora_args, trainer.model, splits, metrics, command
-        )
-        save_classification_card(report, args.output_dir)
-        print("\n".join(f"{name:75} {value}" for name, value in format_classification_metrics(report.metrics).items()))
-        print(f"\n{args.output_dir} holds the model, its tokenizer and code, README.md and two figures. Next:")
-        print(f"  {ask_command(args.output_dir, lora_args, report.sample)}")
-    push_run(args)
+
+        figures: list[str] = []
+
+        def save_results(more: dict[str, float]) -> None:
+            metrics.update({f"test_{name}": value for name, value in more.items()})
+            trainer.save_metrics("finetune", metrics)
+            with optional("writing the model card"):
+                report = classification_report(
+                    model_args, review_args, args, lora_args, trainer.model, splits, metrics, command
+                )
+                save_classification_card(report, args.output_dir, figures)
+
+        more = accuracy_interval(trainer.test_logits, splits.test.labels)
+        save_results(more)
+        with optional("drawing the figures"):
+            draw_figures(trainer.test_logits, splits, args.output_dir)
+            figures.extend(FIGURES.values())
+        if review_args.baseline:
+            with optional("the baseline"):
+                more |= compare_with_baseline(trainer.test_logits.argmax(-1).numpy(), splits)
+        if review_args.pipeline_examples > 0:
+            with optional("the evaluation through the pipeline"):
+                first = splits.test.select(range(min(review_args.pipeline_examples, len(splits.test))))
+                more |= evaluate_pipeline(trainer.model, trainer.processing_class, first)
+        save_results(more)
+        shown = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
+        shown |= {"examples_per_second": metrics["train_examples_per_second"]}
+        print("\n".join(f"{name:75} {value}" for name, value in format_classification_metrics(shown).items()))
+        files = written(args.output_dir, "README.md", *figures)
+        print(f"\n{args.output_dir} holds the model, its tokenizer and code{files}. Next:")
+        print(f"  {ask_command(args.output_dir, lora_args, splits.test.texts[0][:80])}")
+    with optional("pushing to the Hub"):
+        push_run(args)
     end_training(trainer.accelerator, trainer, found)
     return metrics
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.tokenization import encode_prompt, load_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.flags import number
 from hf_minigpt.training.safeguards import allow_any_output
 
 
@@ -66,19 +67,26 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--prompt", default="", help="text to go on from")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p")
+    parser.add_argument("--max_new_tokens", type=number(int, least=1), default=200)
+    parser.add_argument(
+        "--temperature", type=number(float, least=0), default=0.8, help="below 1 safer, above 1 wilder"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, least=0), default=0, help="draw from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=number(float, above=0, most=1),
+        default=1.0,
+        help="draw from the likeliest tokens that sum up to p",
+    )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--seed", type=int, help="for the same text again")
+    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="for the same text again")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
     if not args.greedy and args.temperature <= 0:
         parser.error(f"--temperature {args.temperature} must be above 0; for the likeliest text use --greedy.")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} must be at least 1.")
 
     use_all_cores()
     if args.seed is not None:

@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from hf_minigpt.data import tales
 from hf_minigpt.data.token_store import prepare_corpus
@@ -32,9 +33,11 @@ from hf_minigpt.presets import BABY_RUNGS, baby_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import num_ids, train_character_tokenizer
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, parse, use_all_cores
 from hf_minigpt.training.climbing import LadderArguments, climb
+from hf_minigpt.training.flags import Unique
 from hf_minigpt.training.metrics import decode_documents
+from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.setup import open_documents
 
 
@@ -44,7 +47,7 @@ NUM_TALES = 3000
 
 @dataclass
 class RungArguments:
-    rungs: list[str] = field(
+    rungs: Annotated[list[str], Unique()] = field(
         default_factory=lambda: list(BABY_RUNGS), metadata={"help": f"Of {', '.join(BABY_RUNGS)}. Default: all."}
     )
     preset: str = field(default="baby", metadata={"help": "What the climb leads to: baby or baby-large."})
@@ -52,7 +55,7 @@ class RungArguments:
         default_factory=lambda: ["num_hidden_layers=6"],
         metadata={"help": "Fields of MiniGPTConfig over the preset's. Default: num_hidden_layers=6."},
     )
-    eval_batches: int = field(
+    eval_batches: Annotated[int, COUNT] = field(
         default=100, metadata={"help": "An evaluation averages over so many training batches of each split."}
     )
 
@@ -105,17 +108,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{rung['train_runtime']:8.0f}",
             flush=True,
         )
+        metrics = {f"{name}_{key}": value for name, rung in results.items() for key, value in rung.items()}
+        if args.process_index == 0:
+            # after each rung: a later one may fail
+            (folder / "all_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
 
     # Results
-    metrics = {f"{name}_{key}": value for name, rung in results.items() for key, value in rung.items()}
     if args.process_index == 0:
         training = {name: rung["eval_train_loss"] for name, rung in results.items()}
         held_out = {name: rung["eval_loss"] for name, rung in results.items()}
-        plot_rungs(held_out, training, folder / "ladder.png", floor)
-        (folder / "all_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
-        print(f"{folder} holds ladder.png, all_results.json and a model a rung. Next:")
+        with optional("drawing ladder.png"):
+            plot_rungs(held_out, training, folder / "ladder.png", floor)
+        print(f"{folder} holds a model a rung{written(folder, 'all_results.json', 'ladder.png')}. Next:")
         print(f"  python recipes/pictures.py {folder / name}")
-    push_run(args)
+    with optional("pushing to the Hub"):
+        push_run(args)
     return metrics
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
 from hf_minigpt.publishing.plots import plot_attention_mask, plot_next_tokens
 from hf_minigpt.tokenization import encode_prompt, load_tokenizer
+from hf_minigpt.training.flags import number
 
 
 def written(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--prompt", default="", help="the text that the model reads; a document begins before it")
-    parser.add_argument("--top", type=int, default=20, help="bars in the picture of the next token")
+    parser.add_argument("--top", type=number(int, least=1), default=20, help="bars in the picture of the next token")
     parser.add_argument("--output_dir", type=Path, default=Path("."))
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)

@@ -57,6 +57,7 @@ from hf_minigpt.training.metrics import decode_documents, sample_texts, tale_met
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.plan import plan_pretraining
 from hf_minigpt.training.reporting import pretraining_report
+from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.sealing import check_resume
 from hf_minigpt.training.setup import (
     build_model,
@@ -111,31 +112,46 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         f"{args.describe_hardware()}"
     )
     metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
-    metrics |= trainer.evaluate()
 
-    # Results
+    # Results: first what cannot be had again
     model.config.use_cache = True
-    trainer.save_model()
+    # called so, it leaves pushing to the end
+    trainer.save_model(_internal_call=True)
+    trainer.save_metrics("pretrain", metrics)
+    metrics |= trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        (sample,) = sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
-        if data_args.dataset is None:
-            tales = sample_texts(model, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
-            held_out = decode_documents(corpus.validation, tokenizer)
-            metrics |= {
-                f"eval_{k}": v for k, v in tale_metrics(metrics["eval_bits_per_byte"], held_out, tales).items()
-            }
-        trainer.save_metrics("pretrain", metrics)
-        plot_losses(trainer.state.log_history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         command = f"accelerate launch recipes/pretrain.py {shlex.join(argv)}".strip()
-        report = pretraining_report(model_args, data_args, args, model, corpus, metrics, sample, command)
-        save_model_card(report, args.output_dir)
-        print("\n".join(f"{name:40} {value}" for name, value in format_metrics(report.metrics).items()))
-        print(
-            f"\n{sample}\n\n{args.output_dir} holds the model, its tokenizer and code, README.md and loss.png. Next:"
-        )
+        sample, plot = "", None
+
+        def save_results() -> None:
+            trainer.save_metrics("pretrain", metrics)
+            with optional("writing the model card"):
+                report = pretraining_report(model_args, data_args, args, model, corpus, metrics, sample, command, plot)
+                save_model_card(report, args.output_dir)
+
+        save_results()
+        with optional("sampling a text"):
+            (sample,) = sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
+        if data_args.dataset is None:
+            with optional("reading the model's tales"):
+                tales = sample_texts(model, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
+                held_out = decode_documents(corpus.validation, tokenizer)
+                figures = tale_metrics(metrics["eval_bits_per_byte"], held_out, tales)
+                metrics |= {f"eval_{name}": value for name, value in figures.items()}
+        with optional("drawing loss.png"):
+            path = Path(args.output_dir, "loss.png")
+            plot_losses(trainer.state.log_history, path, title=Path(args.output_dir).name)
+            plot = path.name
+        save_results()
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+        shown |= {"tokens_per_second": metrics["train_tokens_per_second"]}
+        print("\n".join(f"{name:40} {value}" for name, value in format_metrics(shown).items()))
+        files = written(args.output_dir, "README.md", "loss.png")
+        print(f"\n{sample}\n\n{args.output_dir} holds the model, its tokenizer and code{files}. Next:")
         print(f"  python recipes/generate.py {args.output_dir} --prompt {shlex.quote(' '.join(sample.split()[:2]))}")
-    push_run(args)
+    with optional("pushing to the Hub"):
+        push_run(args)
     end_training(trainer.accelerator, trainer)
     return metrics
 

@@ -38,6 +38,7 @@ from hf_minigpt.training.divergence import LossGuard
 from hf_minigpt.training.fingerprints import check_same_run, dataset_fingerprint, run_fingerprint
 from hf_minigpt.training.metrics import evaluate_language_model, sample_texts
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
 from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.setup import build_model, context_length, open_documents, prepare_data, training_rows
@@ -65,12 +66,29 @@ def endless_batches(
         yield from skip_first_batches(loader, skipped if epoch == first_epoch else 0)
 
 
+def check_loop_possible(args: PretrainArguments) -> None:
+    """Refuse flags that this loop does not follow."""
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(args, name) not in ("no", "steps"):
+            raise ValueError(f"{name}={getattr(args, name).value!r}: this loop counts steps; choose steps or no.")
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} needs the Trainer's evaluations; choose another."
+        )
+    if args.optimizer == "trainer":
+        raise ValueError("optimizer='trainer': this loop has no Trainer; choose muon or adamw.")
+    for name in ("load_best_model_at_end", "auto_find_batch_size", "torch_compile", "neftune_noise_alpha"):
+        if getattr(args, name):
+            raise ValueError(f"{name}={getattr(args, name)}: this loop does not do that. Leave it out.")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data_args, args = parse((ModelArguments, DataArguments, PretrainArguments), argv, description=__doc__)
     use_all_cores(args.cpu_threads)
     if data_args.streaming:
         raise ValueError("streaming=True: this loop reads stored rows; stream with recipes/pretrain.py.")
+    check_loop_possible(args)
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
@@ -90,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, **options)
     model = build_model(model_args, tokenizer).to(accelerator.device)
     factory_and_kwargs = optimizer_cls_and_kwargs(args)
-    if factory_and_kwargs is None:
-        raise ValueError(f"optimizer={args.optimizer!r}: this loop has no Trainer; choose muon or adamw.")
+    assert factory_and_kwargs is not None
     factory, optimizer_kwargs = factory_and_kwargs
     optimizer = factory()(model, **optimizer_kwargs)
 
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    num_steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(rows) / rows_per_step)
+    num_steps = int(args.num_train_epochs * len(rows) / rows_per_step)
+    if args.max_steps > 0:
+        num_steps = args.max_steps
     warmup_steps, scheduler_kwargs = args.get_warmup_steps(num_steps), args.scheduler_kwargs(num_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, scheduler_kwargs)
     # the scheduler stays ours: accelerate would step a prepared one once for every process
@@ -105,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(
             f"per_device_train_batch_size={args.per_device_train_batch_size} is more than the {len(rows)} rows give "
             f"each of {accelerator.num_processes} processes: choose a smaller one."
+        )
+    if rows_per_step > len(rows) or num_steps == 0:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} makes a step of {rows_per_step} rows, "
+            f"and num_train_epochs={args.num_train_epochs} of {len(rows)} are less: choose a smaller step."
         )
     # eval_steps and save_steps may be shares of the run
     intervals = TrainerState()
@@ -117,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     def evaluate(max_rows: int | None) -> dict[str, float]:
         results = evaluate_language_model(model, held_out, collator, args.eval_batch_size, accelerator, max_rows)
-        history.append({"num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}})
+        history.append(
+            {"step": step, "num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}}
+        )
         accelerator.print(
             f"step {step}/{num_steps}: loss {history[-2]['loss']:.3f}, held out {results['loss']:.3f} "
             f"({results['bits_per_byte']:.3f} bits per byte), {time.perf_counter() - start:,.0f} s"
@@ -148,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    loss = wrapped(**batch, num_items_in_batch=num_tokens, use_cache=False).loss
+                    loss = wrapped(**batch, num_items_in_batch=num_tokens, skip_logits=True, use_cache=False).loss
                     # DDP averages the gradients of the processes, and here they must add up
                     accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()
@@ -163,9 +189,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
 
             stopping = stop.requested()
-            if step % intervals.eval_steps == 0 and step < num_steps:
+            if args.eval_strategy == "steps" and step % intervals.eval_steps == 0 and step < num_steps:
                 evaluate(args.eval_max_rows)
-            if stopping or step % intervals.save_steps == 0 or step == num_steps:
+            saving = args.save_strategy == "steps" and step % intervals.save_steps == 0
+            if stopping or saving or step == num_steps:
                 losses.check()
                 with sealer.saving(step) as folder:
                     accelerator.save_state(folder)
@@ -176,16 +203,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 break
     stop.exit_if_requested()
 
-    results = evaluate(None)
+    # first what cannot be had again
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         save_settings(args, args.output_dir)
-        plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
+    results = evaluate(None)
+    if accelerator.is_main_process:
         Path(args.output_dir, "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
+        with optional("drawing loss.png"):
+            plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
+        with optional("sampling a text"):
+            print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print(f"\n{args.output_dir} holds the model. Next:\n  python recipes/generate.py {args.output_dir}")
-    push_run(args)
+    with optional("pushing to the Hub"):
+        push_run(args)
     del wrapped
     end_training(accelerator)
     return results

@@ -36,12 +36,14 @@ from hf_minigpt.data.instructions import InstructionCollator, colored
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
-from hf_minigpt.training.base_model import load_base_model
+from hf_minigpt.training.base_model import check_base_exists, load_base_model
 from hf_minigpt.training.checkpointing import train_safely
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.sealing import check_resume
 from hf_minigpt.training.sft import (
     EMBEDDED_BASE_FLAGS,
+    Answer,
     InstructionArguments,
     InstructionTrainer,
     SFTArguments,
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Whatever can be wrong is found before anything takes long.
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
+    check_base_exists(sft_args.model, sft_args.tokenizer, sft_args.trust_remote_code)
     conversations = open_conversations(sft_args)
     prepare_push(args)
 
@@ -119,33 +122,51 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         say(colored(tokenizer, data.training, index), end="\n\n")
     samples = data.held_out.conversations[:NUM_SAMPLES]
     on_main = trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    before = answer_all(model, tokenizer, samples, max_new_tokens=sft_args.max_new_tokens) if on_main else []
+    before: list[Answer] = []
+    if on_main:
+        with optional("answering before the training"):
+            before = answer_all(model, tokenizer, samples, max_new_tokens=sft_args.max_new_tokens)
     metrics = trainer.evaluate(metric_key_prefix="before")
     metrics |= train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
     metrics |= trainer.evaluate()
 
-    # Results
+    # Results: first what cannot be had again
     if sft_args.merge_lora:
         trainer.model = trainer.model.merge_and_unload()
     model.config.use_cache = True
-    trainer.save_model()
+    # called so, it leaves pushing to the end
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
-    if on_main:
-        asked = data.held_out.conversations[: sft_args.eval_answers]
-        answers = answer_all(trainer.model, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
-        metrics |= {f"eval_{name}": value for name, value in answer_metrics(answers).items()}
     if trainer.is_world_process_zero():
-        trainer.save_metrics("sft", metrics)
-        plot_losses(trainer.state.log_history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         command = f"accelerate launch recipes/sft.py {shlex.join(argv)}".strip()
-        report = sft_report(sft_args, args, model, tokenizer, data, metrics, command)
-        save_sft_card(report, metrics, before, answers[:NUM_SAMPLES] if on_main else [], args.output_dir)
+        answers: list[Answer] = []
+        plot = None
+
+        def save_results() -> None:
+            trainer.save_metrics("sft", metrics)
+            with optional("writing the model card"):
+                report = sft_report(sft_args, args, model, tokenizer, data, metrics, command, plot)
+                save_sft_card(report, metrics, before, answers[:NUM_SAMPLES], args.output_dir)
+
+        save_results()
+        if on_main and sft_args.eval_answers > 0:
+            with optional("answering after the training"):
+                asked = data.held_out.conversations[: sft_args.eval_answers]
+                answers = answer_all(trainer.model, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
+                metrics |= {f"eval_{name}": value for name, value in answer_metrics(answers).items()}
+        with optional("drawing loss.png"):
+            path = Path(args.output_dir, "loss.png")
+            plot_losses(trainer.state.log_history, path, title=Path(args.output_dir).name)
+            plot = path.name
+        save_results()
         print("\n".join(f"{name:40} {value}" for name, value in format_figures(metrics).items()))
-        print(f"\n{args.output_dir} holds the model, its tokenizer and template, README.md and loss.png. Next:")
+        files = written(args.output_dir, "README.md", "loss.png")
+        print(f"\n{args.output_dir} holds the model, its tokenizer and template{files}. Next:")
         prompts = [c.prompt[0]["content"] for c in data.held_out.conversations if len(c.prompt) == 1]
         short = [f" --greedy --prompt {shlex.quote(prompt)}" for prompt in prompts if "\n" not in prompt]
         print(f"  python recipes/chat.py {args.output_dir}{short[0] if short else ''}")
-    push_run(args)
+    with optional("pushing to the Hub"):
+        push_run(args)
     end_training(trainer.accelerator, trainer)
     return metrics
 

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments, pipeline
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
+from hf_minigpt.conversion import from_gpt2
 from test_generation import tiny_tokenizer
 from tiny import POSITIONS, gradients, random_ids, tiny_model
 
@@ -257,8 +258,6 @@ def test_the_auxiliary_head_comes_from_the_language_model_and_is_saved(name, tmp
 
 
 def test_equals_gpt2_of_transformers(tmp_path):
-    from hf_minigpt.conversion import from_gpt2
-
     config = GPT2Config(
         vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=64, num_labels=3, pad_token_id=PAD,
         initializer_range=0.3,
@@ -272,6 +271,131 @@ def test_equals_gpt2_of_transformers(tmp_path):
     theirs = gpt2(ids, attention_mask=mask, labels=labels)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=0, atol=1e-5)
+
+
+def gpt2_and_ours(**options):
+    """GPT-2's classifier of transformers and a MiniGPT of the same weights."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=28, n_embd=12, n_layer=1, n_head=2, n_positions=16, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None, initializer_range=0.3, **options,
+    )  # fmt: skip
+    gpt2 = GPT2ForSequenceClassification(config).eval()
+    return gpt2, from_gpt2(gpt2).eval()
+
+
+NUMBERS = [1, 0, 1, 1]
+# number of labels, labels of four rows, problem type in the config before, and after
+PROBLEMS = [
+    (1, torch.tensor([4.0, 2.5, -1.0, 0.0]), None, "regression"),
+    (1, torch.tensor([[4.0], [2.5], [-1.0], [0.0]]), None, "regression"),
+    (1, torch.tensor([4.0, 2.5, -1.0, 0.0], dtype=torch.float64), None, "regression"),
+    (1, torch.tensor([4, 2, -1, 0]), None, "regression"),
+    (1, torch.tensor([-100.0, 2.5, -1.0, 0.0]), None, "regression"),
+    (1, torch.tensor([[1.0], [0.0], [1.0], [1.0]]), "multi_label_classification", "multi_label_classification"),
+    (2, torch.tensor(NUMBERS), None, "single_label_classification"),
+    (2, torch.tensor(NUMBERS, dtype=torch.uint8), "single_label_classification", "single_label_classification"),
+    (2, torch.tensor([[1.0, 0], [0, 0], [1, 1], [0, 1]]), None, "multi_label_classification"),
+    (2, torch.tensor([[1.5, 0], [0, 3], [1, 1], [0, 1]]), "regression", "regression"),
+    (3, torch.tensor([2, 0, 1, 1]), None, "single_label_classification"),
+    (3, torch.tensor([[2], [0], [1], [1]]), None, "single_label_classification"),
+    (3, torch.tensor([2, -100, 1, -100]), None, "single_label_classification"),
+    (3, torch.eye(4, 3), None, "multi_label_classification"),
+    (3, torch.eye(4, 3, dtype=torch.float64), None, "multi_label_classification"),
+    (3, torch.eye(4, 3) * 2.5, "regression", "regression"),
+    (3, torch.eye(4, 3, dtype=torch.long), "regression", "regression"),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("num_labels, labels, told, kept", PROBLEMS)
+def test_the_problem_is_the_one_that_gpt2_of_transformers_solves(num_labels, labels, told, kept, training):
+    dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    gpt2, model = gpt2_and_ours(num_labels=num_labels, problem_type=told, **dropout)
+    ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
+    expected = gpt2.train(training)(ids, attention_mask=mask, labels=labels)
+    loss = model.train(training)(ids, attention_mask=mask, labels=labels).loss
+    assert_close(loss, expected.loss.float())
+    assert model.config.problem_type == gpt2.config.problem_type == kept
+    loss.backward()
+    assert model.score.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "num_labels, labels, told, kept",
+    [
+        # what PyTorch's losses do not take, and one may mean nothing else by
+        (2, torch.tensor(NUMBERS, dtype=torch.int32), None, "single_label_classification"),
+        (2, torch.tensor(NUMBERS).bool(), "single_label_classification", "single_label_classification"),
+        (3, torch.eye(4, 3).bool(), None, "multi_label_classification"),
+        (3, torch.eye(4, 3, dtype=torch.long), "multi_label_classification", "multi_label_classification"),
+        (1, torch.tensor(NUMBERS).float(), "multi_label_classification", "multi_label_classification"),
+    ],
+)
+def test_labels_that_are_converted(num_labels, labels, told, kept):
+    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=told)
+    ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
+    output = model(ids, attention_mask=mask, labels=labels)
+    if kept == "single_label_classification":
+        expected = F.cross_entropy(output.logits, labels.long())
+    else:
+        expected = F.binary_cross_entropy_with_logits(output.logits, labels.float().view(4, -1))
+    assert_close(output.loss, expected)
+    assert model.config.problem_type == kept
+
+
+@pytest.mark.parametrize(
+    "num_labels, labels, told, remedy",
+    [
+        (3, torch.eye(4, 3, dtype=torch.long), None, "'multi_label_classification'"),
+        (3, torch.tensor([2.0, 0, 1, 1]), None, "'single_label_classification'"),
+        (3, torch.tensor([2.0, 0, 1, 1]), "single_label_classification", "int64"),
+        (4, torch.tensor([2.0, 0, 1, 1]), "regression", r"\(B, num_labels\)"),
+        (3, torch.eye(3, 4), "regression", r"\(B, num_labels\)"),
+        (1, torch.eye(4, 2), None, r"\(B,\)"),
+        (2, torch.tensor(NUMBERS, dtype=torch.uint8), None, "int64"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(num_labels, labels, told, remedy):
+    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=told)
+    ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"labels of shape .*num_labels.*{remedy}"):
+        model(ids, attention_mask=mask, labels=labels)
+    # and the next ones are not taken for the same kind
+    assert model.config.problem_type == told
+
+
+@pytest.mark.parametrize(
+    "num_labels, labels",
+    [
+        (1, torch.tensor([4.0, 2.0])),
+        (1, torch.tensor([4, 2])),
+        (2, torch.tensor([1, 0])),
+        (2, torch.tensor([[1.0, 1.0], [0.0, 1.0]])),
+        (3, torch.tensor([2, 0])),
+        (3, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])),
+    ],
+)
+def test_a_pipeline_on_the_saved_model_says_what_was_trained(num_labels, labels, tmp_path):
+    """Plain numbers after a regression, a softmax over classes, a sigmoid for each of several labels; as of GPT-2."""
+    texts, tokenizer = ["good film", "bad"], tiny_tokenizer()
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    scores = []
+    for name, model in zip(("gpt2", "minigpt"), gpt2_and_ours(num_labels=num_labels), strict=True):
+        model.train()(**batch, labels=labels)
+        model.eval().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        judge = pipeline("text-classification", model=str(tmp_path / name), top_k=None)
+        said = [sorted(row, key=lambda score: score["label"]) for row in judge(texts)]
+        scores.append(torch.tensor([[score["score"] for score in row] for row in said]))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    expected = logits
+    if num_labels > 1:
+        expected = logits.sigmoid() if labels.is_floating_point() else logits.softmax(-1)
+    assert_close(scores[0], expected)
+    assert_close(scores[1], expected)
 
 
 class Examples(torch.utils.data.Dataset):

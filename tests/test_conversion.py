@@ -122,6 +122,7 @@ NANOCHAT_VARIANTS = {
     "gelu": {"hidden_act": "gelu"},
     "tied": {"tie_word_embeddings": True},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 20.0}},
+    "share": {"rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "partial_rotary_factor": 0.5}},
     "scaled": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 20.0}},
     "epsilon": {"rms_norm_eps": 0.1},
     "head_dim": {"head_dim": 6},
@@ -363,6 +364,11 @@ def test_the_gpt2_preset_is_what_gpt2s_config_converts_to():
         (to_nanochat, lambda: tiny_model("modern", lm_head_bias=True), ["lm_head_bias=True"]),
         (to_nanochat, lambda: tiny_model("modern", norm_affine=True), ["norm_affine=True (needs False)"]),
         (to_nanochat, lambda: tiny_model("modern", attention_scaling=0.3), ["attention_scaling=0.3"]),
+        (
+            to_nanochat,
+            lambda: tiny_model("modern", rope_parameters={"partial_rotary_factor": 0.5}),
+            ["partial_rotary_factor=0.5", "needs 1"],
+        ),
         (
             to_nanochat,
             lambda: tiny_model("modern", model_class=MiniGPTForSequenceClassification),

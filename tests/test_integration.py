@@ -245,8 +245,9 @@ def test_an_adapted_head_takes_part_in_the_loss(how):
             if "lm_head" in name and parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
     expected = model.eval()(ids, labels=ids).loss
-    loss = model.train()(ids, labels=ids).loss
-    torch.testing.assert_close(loss, expected)
+    for skip_logits in (None, True):
+        loss = model.train()(ids, labels=ids, skip_logits=skip_logits).loss
+        torch.testing.assert_close(loss, expected)
     loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in trained.values())

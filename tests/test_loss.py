@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from hf_minigpt import functional_minigpt
+from hf_minigpt import MiniGPTForCausalLM, functional_minigpt
 from tiny import SWITCHES, gradients, random_ids, tiny_model
 
 
@@ -187,22 +187,81 @@ def test_one_token_rows_have_no_loss(skip_logits):
 def test_logits_are_built_where_somebody_wants_them():
     model = tiny_model("gpt2")
     ids, labels = batch()
-    assert model(ids, labels=labels).logits is not None
-    model.train()
-    assert model(ids, labels=labels).logits is None
-    assert model(ids, shift_labels=labels).logits is None
+    expected = model(ids, labels=labels)
+    for training in (False, True):
+        model.train(training)
+        output = model(ids, labels=labels)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+        assert model(ids, shift_labels=labels).logits is not None
+        assert model(ids, labels=labels, skip_logits=True).logits is None
+        pair = model(ids, labels=labels, use_cache=False, return_dict=False)
+        assert len(pair) == 2 and torch.equal(pair[1], expected.logits)
+        # nothing else is asked for
+        assert model(ids, skip_logits=True).logits is not None
+
+
+def test_the_configuration_can_skip_the_logits_in_training(tmp_path):
+    ids, labels = batch()
+    tiny_model("gpt2", skip_logits=True).save_pretrained(tmp_path)
+    model = MiniGPTForCausalLM.from_pretrained(tmp_path).train()
+    expected = model(ids, labels=labels, skip_logits=False)
+    assert expected.logits is not None
+    for inputs in ({"labels": labels}, {"shift_labels": labels}):
+        assert model(ids, **inputs).logits is None
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected.loss)
     assert model(ids).logits is not None
-    assert model(ids, labels=labels, skip_logits=False).logits is not None
-    assert model(ids, labels=labels, skip_logits=False).loss == model.eval()(ids, labels=labels).loss
+    assert model.eval()(ids, labels=labels).logits is not None
 
 
+def own_losses(logits, labels, teacher):
+    """Losses that users write, on logits (B, T, V) of a model and of its teacher."""
+    logits, targets, teacher = logits[..., :-1, :], labels[..., 1:], teacher[..., :-1, :]
+    log_probabilities, is_target = logits.log_softmax(-1), (targets != -100)
+    chosen = log_probabilities.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1) * is_target
+    half = len(logits) // 2
+    return {
+        "cross_entropy": F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
+        "weighted": F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), weight=torch.linspace(0.5, 2, 72)[: logits.shape[-1]]
+        ),
+        "distillation": F.kl_div(
+            (logits / 0.5).log_softmax(-1), (teacher / 0.5).log_softmax(-1), reduction="batchmean", log_target=True
+        ),
+        "soft_targets": F.kl_div(log_probabilities, teacher.softmax(-1), reduction="sum"),
+        "preference": -F.logsigmoid(0.1 * (chosen[:half].sum(-1) - chosen[half:].sum(-1))).mean(),
+        "entropy": -(log_probabilities.exp() * log_probabilities).sum(-1).mean(),
+        "entropy_when_cold": torch.distributions.Categorical(logits=logits / 0.1).entropy().mean(),
+    }
+
+
+@pytest.mark.parametrize("name", LOSS_SWITCHES)
+def test_losses_on_the_logits_of_a_training_pass(name):
+    """They have the values and gradients of the real ids' logits, whether the table is padded or not."""
+    ids, labels = batch(rows=4)
+    model, teacher = tiny_model(name).train(), tiny_model(name)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+        taught = teacher(ids, labels=labels).logits
+    num_ids = model.config.unpadded_vocab_size
+    plain = own_losses(model(ids).logits[..., :num_ids], labels, taught[..., :num_ids])
+    for kind, loss in own_losses(model(ids, labels=labels).logits, labels, taught).items():
+        expected = plain[kind]
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
+        parameters = list(model.parameters())
+        ours, theirs = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (loss, expected))
+        for actual, gradient in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("skip_logits", [None, True])
 @pytest.mark.parametrize("keep", [3, torch.tensor([2, 5])])
-def test_logits_to_keep_does_not_change_the_loss(keep):
+def test_logits_to_keep_does_not_change_the_loss(keep, skip_logits):
     model = tiny_model("gpt2")
     ids, labels = batch()
     expected = model(ids, labels=labels)
     for training in (False, True):
-        output = model.train(training)(ids, labels=labels, logits_to_keep=keep)
+        output = model.train(training)(ids, labels=labels, logits_to_keep=keep, skip_logits=skip_logits)
         positions = keep if torch.is_tensor(keep) else slice(-keep, None)
         torch.testing.assert_close(output.logits, expected.logits[:, positions])
         torch.testing.assert_close(output.loss, expected.loss)
@@ -253,9 +312,9 @@ def test_a_hook_on_the_head_is_not_passed_over():
     ids, labels = batch()
     model = tiny_model("gpt2").train()
     handle = model.lm_head.register_forward_hook(lambda module, args, output: output * 0)
-    assert model(ids, labels=labels).loss.item() == pytest.approx(math.log(67), rel=1e-5)
+    assert model(ids, labels=labels, skip_logits=True).loss.item() == pytest.approx(math.log(67), rel=1e-5)
     handle.remove()
-    assert model(ids, labels=labels).loss.item() > 1.05 * math.log(67)
+    assert model(ids, labels=labels, skip_logits=True).loss.item() > 1.05 * math.log(67)
 
 
 def test_a_parametrised_head_is_not_passed_over():
@@ -264,8 +323,9 @@ def test_a_parametrised_head_is_not_passed_over():
     expected = model.eval()(ids, labels=labels).loss
     torch.nn.utils.parametrizations.weight_norm(model.lm_head)
     for training in (False, True):
-        torch.testing.assert_close(model.train(training)(ids, labels=labels).loss, expected, rtol=1e-4, atol=1e-4)
-    model(ids, labels=labels).loss.backward()
+        loss = model.train(training)(ids, labels=labels, skip_logits=True).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.lm_head.parameters())
 
 
@@ -274,6 +334,7 @@ def test_a_loss_function_of_ones_own():
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + 5
     ids, labels = batch()
     assert model(ids, labels=labels).loss == 5
+    assert model(ids, labels=labels, skip_logits=True).loss == 5
 
 
 def second_order(model, loss):
@@ -295,6 +356,24 @@ def test_the_loss_without_logits_differentiates_twice(name):
     loss = model(ids, labels=labels, skip_logits=True).loss
     for actual, gradient in zip(second_order(model, loss), expected, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_penalty_on_the_gradient_of_the_embeddings(dtype, tolerance, checkpointing):
+    ids = random_ids(14, 11)
+    results = []
+    for model_dtype, skip_logits in ((torch.float64, False), (dtype, True)):
+        model = tiny_model("modern", attn_implementation="eager").to(model_dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False, skip_logits=skip_logits).loss
+        (slope,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+        (loss + 100 * slope.double().square().sum()).backward()
+        results.append(torch.cat([gradient.double().flatten() for gradient in gradients(model).values()]))
+    exact, actual = results
+    assert (actual - exact).norm() < tolerance * exact.norm()
 
 
 def test_a_scaled_loss_differentiates_by_its_scale():
@@ -372,7 +451,7 @@ class Examples(torch.utils.data.Dataset):
         return {name: column[i] for name, column in self.columns.items()}
 
 
-def trainer_for(model, folder, examples, **arguments):
+def trainer_for(model, folder, examples, trainer_class=Trainer, compute_metrics=None, **arguments):
     defaults = {
         "use_cpu": True,
         "max_steps": 1,
@@ -386,7 +465,8 @@ def trainer_for(model, folder, examples, **arguments):
         "disable_tqdm": True,
     }
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return Trainer(model=model, args=arguments, train_dataset=examples, eval_dataset=examples)
+    datasets = {"train_dataset": examples, "eval_dataset": examples}
+    return trainer_class(model=model, args=arguments, compute_metrics=compute_metrics, **datasets)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
@@ -453,3 +533,39 @@ def test_trainer_evaluates_to_the_mean_loss(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     predictions = trainer.predict(Examples(input_ids=ids, labels=labels)).predictions
     assert predictions.shape == (8, 11, 72)
+
+
+class WeightedTrainer(Trainer):
+    """A loss of one's own, as transformers' documentation writes it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        logits, targets = outputs.logits[..., :-1, :], inputs["labels"][..., 1:]
+        loss = 3 * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_trainer_with_a_loss_of_ones_own(name, tmp_path):
+    ids, labels = batch(rows=8)
+    model = tiny_model(name)
+    expected = 3 * plain_losses(model, ids, labels).mean()
+    expected.backward()
+    expected_gradients = gradients(model)
+    hits = (model(ids).logits.argmax(-1)[:, :-1] == labels[:, 1:]).sum().item()
+    model = tiny_model(name)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        Examples(input_ids=ids, labels=labels),
+        trainer_class=WeightedTrainer,
+        compute_metrics=lambda p: {"hits": (p.predictions.argmax(-1)[:, :-1] == p.label_ids[:, 1:]).sum()},
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+    )
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(expected.item(), rel=1e-4) and evaluated["eval_hits"] == hits
+    assert trainer.train().training_loss == pytest.approx(expected.item(), rel=1e-4)
+    change = {key: before[key] - p.detach() for key, p in model.named_parameters()}
+    assert_same_gradients(change, expected_gradients, rtol=1e-4, atol=5e-6)

@@ -703,8 +703,9 @@ def test_compiles_packed_rows(mask):
         assert_close(logits[:, :8], model(**inputs).logits[:, :8])
 
 
+@pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_compiled_training_step(name):
+def test_compiled_training_step(name, skip_logits):
     ids = random_ids(2, 9)
     labels = ids.clone()
     labels[0, :4] = -100
@@ -713,7 +714,7 @@ def test_compiled_training_step(name):
     for compile_it in (False, True):
         model = tiny_model(name).train()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
-        loss = forward(ids, labels=labels, use_cache=False).loss
+        loss = forward(ids, labels=labels, skip_logits=skip_logits, use_cache=False).loss
         loss.backward()
         results.append((loss, gradients(model)))
     (loss, plain), (compiled_loss, compiled) = results

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
-from hf_minigpt import functional_minigpt
+from hf_minigpt import MiniGPTForSequenceClassification, functional_minigpt
 from hf_minigpt import products_minigpt as products
 from hf_minigpt.functional_minigpt import linear_cross_entropy
 from tiny import SWITCHES, gradients, random_ids, tiny_model
@@ -73,16 +74,17 @@ def test_operands_of_any_strides(onednn):
 
 
 @needs_onednn
+@pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "bigram"])
-def test_model_on_onednn_is_the_model(name, onednn):
+def test_model_on_onednn_is_the_model(name, skip_logits, onednn):
     ids = random_ids(3, 9)
     expected = tiny_model(name).train()
     with torch.backends.mkldnn.flags(enabled=False):
-        loss = expected(ids, labels=ids).loss
+        loss = expected(ids, labels=ids, skip_logits=skip_logits).loss
         loss.backward()
     assert not onednn
     model = tiny_model(name).train()
-    actual = model(ids, labels=ids).loss
+    actual = model(ids, labels=ids, skip_logits=skip_logits).loss
     actual.backward()
     assert len(onednn) > 3 * len(model.model.layers)
     torch.testing.assert_close(actual, loss, rtol=1e-5, atol=1e-5)
@@ -171,16 +173,90 @@ def test_processors(cpuinfo, capability, expected, monkeypatch):
     assert not products.prefers_onednn.__wrapped__()
 
 
-def test_the_matrices_are_plain_linear_layers():
-    """Tools that quantise or adapt ask for exactly this class."""
-    model = tiny_model("modern")
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert {type(module) for module in linears} == {nn.Linear}
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert not any(type(module) is nn.Linear for module in quantized.modules())
+def quantized(dtype):
+    return lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=dtype)
+
+
+def pruned(model):
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            prune.l1_unstructured(module, "weight", amount=0.3)
+    return model
+
+
+def adapted(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def replaced(model):
+    """Each layer by one of one's own, as quantisers do."""
+
+    class Rounded(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, inputs):
+            return F.linear(inputs, (self.linear.weight * 8).round() / 8, self.linear.bias)
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Rounded(child))
+    return model
+
+
+# what it does to a model, and how far logits may then be from those of the model, or None where it changes them
+TOOLS = {
+    "int8": (quantized(torch.qint8), 0.4),
+    "float16": (quantized(torch.float16), 0.01),
+    "pruning": (pruned, None),
+    "adapters": (adapted, None),
+    "layers_of_ones_own": (replaced, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_find_every_layer_and_are_obeyed(tool, name):
+    """The layers are exactly `nn.Linear`, and text and loss are those of what a tool made of them."""
+    change, tolerance = TOOLS[tool]
+    model = tiny_model(name)
     ids = random_ids(2, 9)
+    # with whatever the model keeps from writing
+    model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     with torch.no_grad():
-        torch.testing.assert_close(quantized(ids).logits[..., :67], model(ids).logits[..., :67], rtol=0.1, atol=0.5)
+        before = model(ids).logits[..., :67]
+    changed = change(model).eval()
+    if tolerance is not None:
+        assert not any(type(module) is nn.Linear for module in changed.modules())
+    with torch.no_grad():
+        output = changed(ids, labels=ids)
+        difference = (output.logits[..., :67] - before).abs().max().item()
+        assert 0 < difference < tolerance if tolerance else difference > 0.1
+        without = changed(ids, labels=ids, skip_logits=True)
+        torch.testing.assert_close(without.loss, output.loss)
+        written = changed.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        for position in range(9, 14):
+            logits = changed(written[:, :position]).logits[:, -1]
+            chosen = logits.gather(1, written[:, position : position + 1])[:, 0]
+            # int8 rounds one token's activations in another way than all of them
+            assert (logits.amax(-1) - chosen < (0.4 if tool == "int8" else 1e-4)).all()
+
+
+def test_a_classifier_is_of_plain_layers_too():
+    model = tiny_model("gpt2", model_class=MiniGPTForSequenceClassification, num_labels=3, pad_token_id=66)
+    ids, mask = random_ids(2, 9, vocab_size=66), torch.ones(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        smaller = quantized(torch.float16)(model)
+        assert not any(type(module) is nn.Linear for module in smaller.modules())
+        logits = smaller(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits, rtol=0.01, atol=0.01)
 
 
 @needs_onednn
@@ -207,11 +283,20 @@ def test_a_layer_that_is_listened_to_or_adapted_is_called_and_takes_this_way(one
     assert not onednn
     torch.testing.assert_close(products.project(Adapter(layer), inputs), expected + 1)
     assert len(onednn) == 1
+
+    class ByName(nn.Linear):
+        def forward(self, inputs):
+            return F.linear(input=inputs, weight=self.weight, bias=self.bias)
+
+    by_name = ByName(4, 5)
+    by_name.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(products.project(by_name, inputs), expected)
+    assert len(onednn) == 2
     layer.register_forward_hook(lambda module, args, output: output * 2)
     torch.testing.assert_close(products.project(layer, inputs), expected * 2)
-    assert len(onednn) == 2
+    assert len(onednn) == 3
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
     products.project(nn.Linear(4, 5), inputs)
     handle.remove()
-    assert seen == [nn.Linear] and len(onednn) == 3
+    assert seen == [nn.Linear] and len(onednn) == 4

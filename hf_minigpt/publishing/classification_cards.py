@@ -1,6 +1,6 @@
 """Model cards of classifiers, whose numbers come from the run that made them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -24,7 +24,7 @@ CLASSIFICATION_METRICS = {
     "roc_auc": ("Area under the ROC curve", ".4f"),
     "calibration_error": ("Expected calibration error (15 bins)", ".4f"),
     "loss": ("Loss (nats)", ".4f"),
-    "pipeline_accuracy": ("Accuracy through the pipeline, which keeps heads or tails only, on a few texts", ".2%"),
+    "pipeline_accuracy": ("Accuracy through the stock pipeline, on the first test texts", ".2%"),
     "baseline_accuracy": ("TF-IDF of words and pairs with logistic regression", ".2%"),
     "only_network_right": ("Texts that only the network has right", ",.0f"),
     "only_baseline_right": ("Texts that only the baseline has right", ",.0f"),
@@ -47,10 +47,7 @@ TEMPLATE = """\
 On the test texts, which no step of the training has seen:
 
 {metrics}
-
-![Confusion matrix](confusion_matrix.png)
-![Reliability](reliability.png)
-
+{figures}
 ## How to use
 
 ```python
@@ -71,8 +68,14 @@ def format_classification_metrics(metrics: Mapping[str, float]) -> dict[str, str
     return format_metrics(metrics, CLASSIFICATION_METRICS)
 
 
-def classification_card(report: TrainingReport) -> ModelCard:
-    """The card of a classifier."""
+# what the card calls them -> file in the model's folder
+FIGURES = {"Confusion matrix": "confusion_matrix.png", "Reliability": "reliability.png"}
+ALL_FIGURES = tuple(FIGURES.values())
+
+
+def classification_card(report: TrainingReport, figures: Sequence[str] = ALL_FIGURES) -> ModelCard:
+    """The card of a classifier; `figures` are the files of `FIGURES` that it shows."""
+    images = [f"![{label}]({name})\n" for label, name in FIGURES.items() if name in figures]
     return fill_card(
         TEMPLATE,
         report,
@@ -80,13 +83,14 @@ def classification_card(report: TrainingReport) -> ModelCard:
         task_name="Text classification",
         split="test",
         known=CLASSIFICATION_METRICS,
+        figures="".join(["\n", *images]) if images else "",
         results=("accuracy", "f1", "roc_auc", "calibration_error"),
         sample=" ".join(report.sample.split()).replace("\\", "").replace('"', "'"),
     )
 
 
-def save_classification_card(report: TrainingReport, folder: str | Path) -> Path:
-    """Write `README.md` into a classifier's folder."""
+def save_classification_card(report: TrainingReport, folder: str | Path, figures: Sequence[str] = ALL_FIGURES) -> Path:
+    """Write `README.md` into a classifier's folder; `figures` as in `classification_card`."""
     path = Path(folder) / "README.md"
-    classification_card(report).save(path)
+    classification_card(report, figures).save(path)
     return path

@@ -8,10 +8,11 @@ from typing import Any
 def plot_losses(
     log_history: Sequence[dict[str, Any]], path: str | Path, floor: float | None = None, title: str = ""
 ) -> None:
-    """Draw training and held-out loss against tokens seen.
+    """Draw training and held-out loss against tokens seen, or against steps where the tokens were not logged.
 
     Args:
-        log_history: the Trainer's; entries with `num_input_tokens_seen` and `loss` or `eval_loss` (nats per token).
+        log_history: the Trainer's; entries with `loss` or `eval_loss` (nats per token), and with
+            `num_input_tokens_seen` or `step`.
         path: of the image, whose suffix tells the format.
         floor: a loss that no model can beat (nats per token), drawn as a line.
     """
@@ -23,13 +24,15 @@ def plot_losses(
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    entries = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
+    x = "num_input_tokens_seen" if all("num_input_tokens_seen" in entry for entry in entries) else "step"
     for key, label, style in (("loss", "training", {"alpha": 0.6}), ("eval_loss", "held out", {"marker": "."})):
-        points = [(entry["num_input_tokens_seen"], entry[key]) for entry in log_history if key in entry]
+        points = [(entry[x], entry[key]) for entry in entries if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     if floor is not None:
         axes.axhline(floor, color="black", linestyle=":", linewidth=1, label="entropy of the source")
-    axes.set_xlabel("tokens seen")
+    axes.set_xlabel("steps" if x == "step" else "tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(title)

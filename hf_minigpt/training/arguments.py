@@ -1,28 +1,173 @@
 """The recipes' flags: dataclasses, and a parser that takes them from the command line and from YAML files."""
 
 import dataclasses
-import difflib
 import json
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
+from accelerate.utils import DynamoBackend
 from huggingface_hub.constants import HF_HOME
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
+from .flags import Condition, Flags, OneOf, Range, check_arguments, check_flags, did_you_mean
 from .safeguards import allow_any_output
 
 
+# What torch, NumPy and Python take alike
+SEED = Range(least=0, most=2**32 - 1)
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(least=0)
+COUNT = Range(least=1)
+# far above any that trains, far below any that overflows
+RATE = Range(least=0, most=1000)
+SHARE = Range(least=0, below=1)
+# More threads than that start slowly, or not at all.
+THREADS = Range(least=1, most=1024)
+
+logger = logging.getLogger(__name__)
+
 DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
+
+
+def _preset_names() -> list[str]:
+    # here, not above: the configuration is no concern of recipes that start from a checkpoint
+    from ..presets import PRESETS
+
+    return list(PRESETS)
+
+
+class AttentionImplementation(Condition):
+    """One that a MiniGPT can be built with here: a misspelt name, or a package that is missing, is found at once."""
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        from ..configuration_minigpt import MiniGPTConfig
+        from ..modeling_minigpt import MiniGPTModel
+
+        sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        try:
+            with torch.device("meta"):
+                MiniGPTModel._from_config(MiniGPTConfig(**sizes), attn_implementation=value)
+        except (ImportError, ValueError, OSError) as error:
+            return f"cannot be used here: {_first_line(error)}"
+        return None
+
+
+class Tracker(Condition):
+    """Something that `--report_to` knows and finds installed."""
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        names = value if isinstance(value, list) else [value]
+        unknown = OneOf(["none", "all", *INTEGRATION_TO_CALLBACK]).problem(names, flags)
+        # the list of those that are there leaves this one out
+        available = ["none", "all", "flyte", *get_available_reporting_integrations()]
+        missing = [name for name in names if name not in available]
+        if unknown is None and missing:
+            return f"needs a package that is not installed: pip install {missing[0]}, or leave it out"
+        return unknown
+
+
+class JsonObject(Condition):
+    """A dictionary, written as JSON on the command line."""
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            found = None
+        return None if isinstance(found, dict) else 'must be a JSON object, such as {"num_cycles": 2}'
+
+
+class JsonFile(Condition):
+    """A dictionary, written as JSON, or the name of a file with one."""
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            return None if Path(value).is_file() else "is no file: give the name of a JSON file, or a JSON object"
+        return JsonObject().problem(value, flags)
+
+
+@dataclass(frozen=True)
+class Installed(Condition):
+    """Needs a package."""
+
+    package: str
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        if find_spec(self.package) is not None:
+            return None
+        return f"needs a package that is not installed: pip install {self.package.replace('_', '-')}, or leave it out"
+
+
+class Assignments(Condition):
+    """name=value,name=value"""
+
+    def problem(self, value: Any, flags: Flags) -> str | None:
+        is_wrong = not all(all(part.partition("=")[::2]) for part in str(value).split(","))
+        return "must be name=value, with commas between several" if is_wrong else None
+
+
+def _plain(value: Any) -> Any:
+    """What an enumeration of transformers stands for."""
+    return getattr(value, "value", value)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+# Fields of TrainingArguments, for every recipe, but for those whose names argparse knows
+TRAINER_CONDITIONS: dict[str, tuple[Condition, ...]] = {
+    **dict.fromkeys(("seed", "data_seed"), (SEED,)),
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("torch_empty_cache_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"),
+            *("ddp_bucket_cap_mb", "ddp_timeout", "save_total_limit"),
+        ),
+        (COUNT,),
+    ),
+    "max_steps": (Range(least=1, also=(-1,)),),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps"), (POSITIVE,)),
+    "adam_epsilon": (Range(above=0, most=1),),
+    "dataloader_num_workers": (Range(least=0, most=THREADS.most),),
+    **dict.fromkeys(
+        (*("warmup_steps", "max_grad_norm", "logging_steps", "eval_delay"),),
+        (NOT_NEGATIVE,),
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha"), (RATE,)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (SHARE,)),
+    "optim_args": (Assignments(),),
+    "torch_compile_backend": (OneOf([member.value.lower() for member in DynamoBackend]),),
+    "torch_compile_mode": (OneOf(["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]),),
+    "dataloader_multiprocessing_context": (OneOf(["fork", "spawn", "forkserver"]),),
+    "report_to": (Tracker(),),
+    **dict.fromkeys(
+        ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), (JsonObject(),)
+    ),
+    **dict.fromkeys(("accelerator_config", "fsdp_config"), (JsonFile(),)),
+    "deepspeed": (Installed("deepspeed"), JsonFile()),
+    "use_liger_kernel": (Installed("liger_kernel"),),
+}
+
+
+def best_by(metrics: Mapping[str, bool]) -> tuple[Condition, ...]:
+    """The condition on `--metric_for_best_model`: one of the metrics, with or without `eval_` before it."""
+    return (OneOf(list(metrics), also=lambda name: name.removeprefix("eval_") in metrics),)
 
 
 @dataclass
@@ -31,25 +176,25 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub name of a MiniGPT to go on from, with its tokenizer. Instead of --preset."},
     )
-    preset: str = field(
+    preset: Annotated[str, OneOf(_preset_names)] = field(
         default="minigpt-pico", metadata={"help": "Named configuration to start from scratch (hf_minigpt.presets)."}
     )
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub name. Default: that of --model, else one is trained on the corpus."},
     )
-    vocab_size: int | None = field(
+    vocab_size: Annotated[int | None, Range(least=320, most=2**20, multiple_of=64)] = field(
         default=None,
         metadata={"help": "Size of the tokenizer to train, a multiple of 64. Default: 1024 for the tales, else 4096."},
     )
-    context_length: int | None = field(
+    context_length: Annotated[int | None, Range(least=2)] = field(
         default=None, metadata={"help": "Tokens in a row. Default: max_position_embeddings of the model."}
     )
     config_overrides: list[str] = field(
         default_factory=list,
         metadata={"help": "Fields of MiniGPTConfig over the preset's: hidden_size=128 num_hidden_layers=4 ..."},
     )
-    attn_implementation: str | None = field(
+    attn_implementation: Annotated[str | None, AttentionImplementation()] = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention, ... Default: sdpa."}
     )
     trust_remote_code: bool = field(
@@ -57,6 +202,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        check_arguments(self)
         if self.model is not None and self.config_overrides:
             raise ValueError(
                 f"config_overrides={self.config_overrides} with model={self.model!r}: a checkpoint's architecture is "
@@ -80,7 +226,7 @@ class ModelArguments:
             if not equals or name not in known:
                 raise ValueError(
                     f"config_overrides has {item!r}, which is not FIELD=VALUE for a field of MiniGPTConfig."
-                    + _did_you_mean(name, known)
+                    + did_you_mean(name, known)
                 )
             try:
                 overrides[name] = json.loads(value)
@@ -104,9 +250,15 @@ class DataArguments:
     join_sentences: bool = field(
         default=False, metadata={"help": "The rows are sentences (classic BookCorpus): join them into documents."}
     )
-    max_documents: int | None = field(default=None, metadata={"help": "Use only the first documents."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the text that is held out."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out documents."})
+    max_documents: Annotated[int | None, COUNT] = field(
+        default=None, metadata={"help": "Use only the first documents."}
+    )
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = field(
+        default=0.1, metadata={"help": "Share of the text that is held out."}
+    )
+    split_seed: Annotated[int, SEED] = field(
+        default=0, metadata={"help": "Seed of the choice of the held-out documents."}
+    )
     rows: Literal["aligned", "continuous"] = field(
         default="aligned",
         metadata={
@@ -121,14 +273,14 @@ class DataArguments:
             "Needs --max_steps."
         },
     )
-    streaming_sample: int = field(
+    streaming_sample: Annotated[int, COUNT] = field(
         default=10_000,
         metadata={
             "help": "Documents that --streaming reads beforehand: those of them that are held out make the "
             "evaluation, the others train the tokenizer where none is given."
         },
     )
-    shuffle_characters: int = field(
+    shuffle_characters: Annotated[int, COUNT] = field(
         default=1 << 24, metadata={"help": "--streaming shuffles documents in blocks of this many characters."}
     )
     cache_dir: str = field(
@@ -136,10 +288,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded."
-            )
+        check_arguments(self)
         self.cache_dir = os.path.expanduser(self.cache_dir)
 
 
@@ -148,16 +297,19 @@ class PlanArguments:
     plan: bool = field(
         default=False, metadata={"help": "Print what the run would take (size, tokens, memory, FLOPs, time) and stop."}
     )
-    price_per_hour: float | None = field(
+    price_per_hour: Annotated[float | None, NOT_NEGATIVE] = field(
         default=None, metadata={"help": "Price of one device for an hour: --plan then tells what the run costs."}
     )
-    flops_per_second: float | None = field(
+    flops_per_second: Annotated[float | None, POSITIVE] = field(
         default=None,
         metadata={
             "help": "Sustained rate of one device for --plan (an H100 at 40 percent of its peak in bf16: 4e14). "
             "Default: 40 percent of what a large matrix product reaches here."
         },
     )
+
+    def __post_init__(self):
+        check_arguments(self)
 
 
 # What --help says of the fields whose defaults change
@@ -171,6 +323,10 @@ class RecipeArguments(TrainingArguments):
     `precision="auto"` is bf16 where the GPU computes in it, fp16 with a loss scaler on older ones, fp32 on a CPU, and
     TF32 for what stays fp32; `--bf16`, `--fp16` and `--tf32` win.
     """
+
+    CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = TRAINER_CONDITIONS
+    # what an evaluation of the job yields: whether more is better
+    METRICS: ClassVar[dict[str, bool]] = {}
 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
@@ -195,8 +351,10 @@ class RecipeArguments(TrainingArguments):
             "help": "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw; trainer: what --optim says."
         },
     )
-    matrix_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of Muon's matrices."})
-    embedding_learning_rate: float | None = field(
+    matrix_learning_rate: Annotated[float, RATE] = field(
+        default=0.01, metadata={"help": "Learning rate of Muon's matrices."}
+    )
+    embedding_learning_rate: Annotated[float | None, RATE] = field(
         default=None,
         metadata={
             "help": "Learning rate of the embeddings beside Muon. Default: 0.3 of their initial standard deviation."
@@ -209,7 +367,7 @@ class RecipeArguments(TrainingArguments):
             "columns)), with which matrix_learning_rate is of AdamW's size."
         },
     )
-    decay_fraction: float = field(
+    decay_fraction: Annotated[float, Range(least=0, most=1)] = field(
         default=1.0,
         metadata={"help": "Share of the steps in which warmup_stable_decay goes down, linearly, to zero."},
     )
@@ -220,22 +378,30 @@ class RecipeArguments(TrainingArguments):
         default=False,
         metadata={"help": "Resume even if data, batch size or other settings are not what they were."},
     )
-    cpu_threads: int | None = field(
+    cpu_threads: Annotated[int | None, THREADS] = field(
         default=None, metadata={"help": "Torch's threads on a CPU. Default: cores over the processes here."}
     )
 
     def __post_init__(self):
+        check_arguments(self)
         if self.optimizer != "trainer" and OptimizerNames(self.optim) != OptimizerNames(DEFAULT_OPTIM):
             raise ValueError(
                 f"optim={self.optim!r} is read only with optimizer='trainer', not with {self.optimizer!r}. Set "
                 "--optimizer trainer, or leave out --optim."
             )
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the steps: choose one in [0, 1].")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would take columns from the batches that the model reads. Leave it out."
+            )
         if self.dataloader_persistent_workers:
             raise ValueError(
                 "dataloader_persistent_workers=True: workers that outlive an epoch never see the next one's order of "
                 "the documents. Leave it out."
+            )
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise ValueError(
+                "save_strategy='best' without metric_for_best_model: name what is best, "
+                f"--metric_for_best_model {next(iter(self.METRICS), 'loss')} for instance."
             )
         if self.learning_rate is None:
             self.learning_rate = 8e-3 if self.optimizer == "muon" else 1e-3
@@ -243,7 +409,36 @@ class RecipeArguments(TrainingArguments):
         if not torch.accelerator.is_available() and not self.bf16:
             # without it, two processes of torchrun on a CPU would each train alone, unaware of the other
             self.use_cpu = True
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = self.METRICS.get(self.metric_for_best_model.removeprefix("eval_"))
         super().__post_init__()
+        self._try_schedule_and_optimizer()
+
+    def _try_schedule_and_optimizer(self) -> None:
+        """What the Trainer would make of the flags only once the corpus is tokenized."""
+        num_steps = self.max_steps if self.max_steps > 0 else 1000
+        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        kwargs = self.scheduler_kwargs(num_steps)
+        try:
+            get_scheduler(self.lr_scheduler_type, stand_in, self.get_warmup_steps(num_steps), num_steps, kwargs)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={_plain(self.lr_scheduler_type)!r} with lr_scheduler_kwargs={kwargs}: "
+                f"{_first_line(error)}. Give what it takes by --lr_scheduler_kwargs, or choose another."
+            ) from error
+        if self.optimizer == "trainer":
+            # here, not above: scripts that only generate read this module too
+            from transformers import Trainer
+
+            try:
+                Trainer.get_optimizer_cls_and_kwargs(self)
+            except (ImportError, RuntimeError, ValueError) as error:
+                # some ask for the model, which comes later
+                if "model" not in str(error).lower():
+                    raise ValueError(
+                        f"optim={_plain(self.optim)!r} with optim_args={self.optim_args!r} cannot be used here: "
+                        f"{_first_line(error)}. Choose another, or leave out --optim."
+                    ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # pickled beside every checkpoint, and pushed with it
@@ -270,6 +465,13 @@ class RecipeArguments(TrainingArguments):
         assert isinstance(kwargs, dict)
         if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
             return kwargs
+        if self.get_warmup_steps(num_steps) > num_steps:
+            logger.warning(
+                "warmup_steps=%s is more than the %s steps of this run, which never reaches its learning rate.",
+                self.warmup_steps,
+                num_steps,
+            )
+            return {"num_decay_steps": 0, "decay_type": "linear"} | kwargs
         num_decay_steps = min(round(self.decay_fraction * num_steps), num_steps - self.get_warmup_steps(num_steps))
         return {"num_decay_steps": num_decay_steps, "decay_type": "linear"} | kwargs
 
@@ -294,6 +496,9 @@ class RecipeArguments(TrainingArguments):
 class LanguageModelArguments(RecipeArguments):
     """`RecipeArguments` with what pretraining and instruction finetuning share."""
 
+    METRICS: ClassVar[dict[str, bool]] = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True}
+    CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = {"metric_for_best_model": best_by(METRICS)}
+
     per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
     per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
     num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
@@ -302,7 +507,7 @@ class LanguageModelArguments(RecipeArguments):
     save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
     save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
 
-    eval_max_rows: int | None = field(
+    eval_max_rows: Annotated[int | None, COUNT] = field(
         default=128,
         metadata={"help": "Held-out rows that evaluations during training read; the one at the end reads all."},
     )
@@ -338,7 +543,8 @@ def parse(
     """Read flags into dataclasses.
 
     `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
-    a message that names it and the nearest one that exists. From then on the program can print any character.
+    a message that names it and the nearest one that exists. Values are checked as `hf_minigpt.training.flags` says.
+    From then on the program can print any character.
 
     Args:
         dataclass_types: every field is a flag.
@@ -347,6 +553,9 @@ def parse(
 
     Returns:
         One object for each dataclass.
+
+    Raises:
+        ValueError: a value that a flag cannot have, alone or beside the others.
     """
     allow_any_output()
     parser = HfArgumentParser(
@@ -362,11 +571,12 @@ def parse(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        parser.error(f"unknown flag {unknown[0]}.{_did_you_mean(name, known, prefix='--')}")
+        parser.error(f"unknown flag {unknown[0]}.{did_you_mean(name, known, prefix='--')}")
     flags: list[str] = []
     if namespace.config is not None:
         flags = _flags_of(_read_yaml(namespace.config, known, parser), parser)
     given = list(sys.argv[1:] if argv is None else argv)
+    check_flags(dataclass_types, vars(parser.parse_args(flags + given)))
     *parsed, _ = parser.parse_args_into_dataclasses(flags + given, look_for_args_file=False)
     return tuple(parsed)
 
@@ -380,7 +590,7 @@ def _read_yaml(path: str, known: list[str], parser: HfArgumentParser) -> dict[st
         parser.error(f"--config {path} must be a mapping of flags to values.")
     for key in values:
         if key not in known:
-            parser.error(f"--config {path}: unknown key {key!r}.{_did_you_mean(str(key), known)}")
+            parser.error(f"--config {path}: unknown key {key!r}.{did_you_mean(str(key), known)}")
     return values
 
 
@@ -399,11 +609,6 @@ def _flags_of(values: dict[str, Any], parser: HfArgumentParser) -> list[str]:
         else:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
-
-
-def _did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def use_all_cores(cpu_threads: int | None = None) -> None:

@@ -29,6 +29,20 @@ NEW_WITH_A_HEAD: dict[type, set[str]] = {
 LABELS = ("num_labels", "id2label", "label2id")
 
 
+def check_base_exists(name_or_path: str | None, tokenizer: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raise ValueError where a base model or a tokenizer cannot be found, before data are read; None is no name."""
+    try:
+        if name_or_path is not None and not is_adapter(name_or_path):
+            conversion.detect_layout(name_or_path)
+    except OSError as error:
+        raise ValueError(f"model={name_or_path!r} is neither a model's folder nor one on the Hub: {error}") from error
+    try:
+        if tokenizer is not None:
+            load_tokenizer(tokenizer, trust_remote_code=trust_remote_code, add_end_of_text=True)
+    except OSError as error:
+        raise ValueError(f"tokenizer={tokenizer!r} is neither a folder with one nor on the Hub: {error}") from error
+
+
 def load_base_model(
     model_class: type[Model],
     name_or_path: str,

@@ -1,12 +1,13 @@
 """Flags of the recipe that makes a classifier: its data, its training, its adapter."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.reviews import ReviewSplits, load_reviews
-from .arguments import _HELP, RecipeArguments
+from .arguments import _HELP, COUNT, NOT_NEGATIVE, RATE, SEED, SHARE, RecipeArguments, best_by
+from .flags import Condition, Needs, Range, Unique, check_arguments
 
 
 @dataclass
@@ -34,14 +35,16 @@ class ReviewArguments:
     unlabelled_split: str | None = field(
         default=None, metadata={"help": "Split whose texts --write_training_texts writes too."}
     )
-    test_fraction: float | None = field(
+    test_fraction: Annotated[float | None, Range(above=0, below=1)] = field(
         default=None, metadata={"help": "Share of the texts to test on where there is no test split. Default: 0.2."}
     )
-    validation_fraction: float = field(
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = field(
         default=0.1, metadata={"help": "Share of the training texts on which the best epoch is chosen."}
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out texts."})
-    max_train_examples: int | None = field(default=None, metadata={"help": "Train on so many texts only."})
+    split_seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Seed of the choice of the held-out texts."})
+    max_train_examples: Annotated[int | None, COUNT] = field(
+        default=None, metadata={"help": "Train on so many texts only."}
+    )
     truncation: Literal["head", "tail", "head_tail", "windows"] = field(
         default="head_tail",
         metadata={
@@ -64,7 +67,7 @@ class ReviewArguments:
             "scikit-learn), and test whether the network is better."
         },
     )
-    pipeline_examples: int = field(
+    pipeline_examples: Annotated[int, NOT_NEGATIVE] = field(
         default=200,
         metadata={
             "help": "Test texts that evaluate's evaluator judges once more through the pipeline, if scipy is there."
@@ -72,6 +75,7 @@ class ReviewArguments:
     )
 
     def __post_init__(self):
+        check_arguments(self)
         if len(set(self.class_names)) < max(len(self.class_names), 2):
             raise ValueError(f"class_names={self.class_names} must be at least two different names.")
         wrong = [item for item in self.label_map if not all(item.partition("=")[::2])]
@@ -101,7 +105,7 @@ class ReviewArguments:
 
 @dataclass
 class SeedArguments:
-    seeds: list[int] = field(
+    seeds: Annotated[list[int], SEED, Unique()] = field(
         default_factory=list,
         metadata={
             "help": "Train once with each seed, in seed-N below output_dir, and keep the best. Default: --seed."
@@ -112,30 +116,44 @@ class SeedArguments:
 @dataclass
 class LoraArguments:
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the classifier's head only."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapters' output is scaled by alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_r: Annotated[int, COUNT, Needs("lora")] = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: Annotated[int, COUNT, Needs("lora")] = field(
+        default=16, metadata={"help": "The adapters' output is scaled by alpha / r."}
+    )
+    lora_dropout: Annotated[float, SHARE, Needs("lora")] = field(
+        default=0.0, metadata={"help": "Dropout before the adapters."}
+    )
     merge_lora: bool = field(
         default=False, metadata={"help": "Save one model with the adapters added to its weights, not the adapters."}
     )
 
     def __post_init__(self):
+        check_arguments(self)
         if self.merge_lora and not self.lora:
             raise ValueError("merge_lora=True without lora=True: there is nothing to merge. Add --lora true.")
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r={self.lora_r} must be at least 1.")
 
 
 @dataclass
 class ClassificationArguments(RecipeArguments):
     """`RecipeArguments` with what a classifier's training takes, and defaults for it."""
 
+    METRICS: ClassVar[dict[str, bool]] = {
+        "loss": False,
+        "accuracy": True,
+        "f1": True,
+        "roc_auc": True,
+        "calibration_error": False,
+    }
+    CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = {"metric_for_best_model": best_by(METRICS)}
+
     output_dir: str | None = field(default="runs/reviews", metadata=_HELP["output_dir"])
     num_train_epochs: float = field(default=6.0, metadata=_HELP["num_train_epochs"])
     learning_rate: float | None = field(
         default=1e-3, metadata={"help": "AdamW's learning rate: of everything, or beside Muon of what is no matrix."}
     )
-    matrix_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of Muon's matrices."})
+    matrix_learning_rate: Annotated[float, RATE] = field(
+        default=0.01, metadata={"help": "Learning rate of Muon's matrices."}
+    )
     warmup_steps: float = field(default=0.05, metadata=_HELP["warmup_steps"])
     weight_decay: float = field(default=0.01, metadata=_HELP["weight_decay"])
     adam_beta2: float = field(default=0.98, metadata=_HELP["adam_beta2"])
@@ -146,7 +164,7 @@ class ClassificationArguments(RecipeArguments):
     load_best_model_at_end: bool = field(default=True, metadata=_HELP["load_best_model_at_end"])
     metric_for_best_model: str | None = field(default="accuracy", metadata=_HELP["metric_for_best_model"])
 
-    tokens_per_batch: int = field(
+    tokens_per_batch: Annotated[int, COUNT] = field(
         default=8192,
         metadata={
             "help": "Tokens in a batch of one process, padding included: texts of like length share one. Instead of "
@@ -160,60 +178,44 @@ class ClassificationArguments(RecipeArguments):
             "attention weighs them."
         },
     )
-    auxiliary_lm_weight: float = field(
+    auxiliary_lm_weight: Annotated[float, RATE] = field(
         default=0.0, metadata={"help": "Weight of the language-model loss beside the classifier's (GPT-1's lambda)."}
     )
-    dropout: float | None = field(
+    dropout: Annotated[float | None, SHARE] = field(
         default=None, metadata={"help": "Of the embedding and of each branch. Default: the model's."}
     )
-    attention_dropout: float | None = field(
+    attention_dropout: Annotated[float | None, SHARE] = field(
         default=None, metadata={"help": "Of the attention weights, slow on a CPU. Default: the model's."}
     )
-    token_dropout: float = field(
+    token_dropout: Annotated[float, SHARE] = field(
         default=0.0, metadata={"help": "Share of the tokens that are blanked out in training, others in each epoch."}
     )
-    adversarial_share: float = field(
+    adversarial_share: Annotated[float, SHARE] = field(
         default=0.0,
         metadata={
             "help": "Learn each text with its embeddings moved to where the loss is higher, by this share of their "
             "length: 0.005, say. An epoch then takes 1.8 times as long."
         },
     )
-    layer_decay: float = field(
+    layer_decay: Annotated[float, Range(above=0, most=1)] = field(
         default=1.0,
         metadata={"help": "The learning rates of each block are those of the block above times this factor."},
     )
-    frozen_layers: int = field(
+    frozen_layers: Annotated[int, NOT_NEGATIVE] = field(
         default=0, metadata={"help": "Keep the embeddings and so many of the lowest blocks as they are."}
     )
-    early_stopping_patience: int | None = field(
+    early_stopping_patience: Annotated[int | None, COUNT] = field(
         default=3, metadata={"help": "Stop after so many evaluations without a better validation accuracy."}
     )
 
     def __post_init__(self):
-        # a column of the Trainer's progress that would mean nothing
-        for name in ("token_dropout", "dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name}={value} is a probability: choose one in [0, 1).")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie above 0 and not above 1.")
-        if self.frozen_layers < 0 or self.auxiliary_lm_weight < 0:
-            raise ValueError(
-                f"frozen_layers={self.frozen_layers}, auxiliary_lm_weight={self.auxiliary_lm_weight}: neither may be "
-                "negative."
-            )
+        check_arguments(self)
         if self.optimizer == "trainer" and self.layer_decay != 1:
             raise ValueError(f"layer_decay={self.layer_decay} needs --optimizer muon or adamw, not 'trainer'.")
         if self.label_smoothing_factor and self.auxiliary_lm_weight:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer then computes the loss itself, "
                 f"without the auxiliary one of auxiliary_lm_weight={self.auxiliary_lm_weight}. Leave one of them out."
-            )
-        if not 0 <= self.adversarial_share < 1:
-            raise ValueError(
-                f"adversarial_share={self.adversarial_share} is a share of the embeddings' length: choose one in "
-                "[0, 1), 0.005 for instance."
             )
         if self.adversarial_share and self.torch_compile:
             raise ValueError(
@@ -233,4 +235,9 @@ class ClassificationArguments(RecipeArguments):
             )
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs --load_best_model_at_end true.")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} with eval_strategy='no': nothing would tell "
+                "when to stop. Evaluate by epoch or steps, or set early_stopping_patience to null in a YAML file."
+            )
         super().__post_init__()

@@ -53,6 +53,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def accuracy_interval(logits: torch.Tensor, labels: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """The 95 % interval of an accuracy, as `accuracy_low` and `accuracy_high`; arguments as above."""
+    low, high = bootstrap_interval(logits.argmax(-1).numpy() == np.asarray(labels))
+    return {"accuracy_low": low, "accuracy_high": high}
+
+
 def mcnemar_test(is_right: np.ndarray, other_is_right: np.ndarray) -> tuple[int, int, float]:
     """Exact McNemar test (1947) of two classifiers on the same texts.
 

@@ -68,6 +68,8 @@ def build_classifier(
         "num_labels": len(splits.class_names),
         "id2label": dict(enumerate(splits.class_names)),
         "label2id": {name: number for number, name in enumerate(splits.class_names)},
+        # of a base model that was a regressor it is another one
+        "problem_type": "single_label_classification",
         "pooling": args.pooling,
         "auxiliary_lm_weight": args.auxiliary_lm_weight,
         "truncation": model_truncation(truncation),

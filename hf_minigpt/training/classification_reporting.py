@@ -19,7 +19,7 @@ from ..publishing.classification_cards import CLASSIFICATION_METRICS, CLASSIFIER
 from ..publishing.classification_plots import plot_confusion_matrix, plot_reliability
 from .arguments import ModelArguments
 from .classification_arguments import ClassificationArguments, LoraArguments, ReviewArguments
-from .classification_metrics import bootstrap_interval, confusion_matrix
+from .classification_metrics import confusion_matrix
 from .reporting import HYPERPARAMETERS, _plain
 
 
@@ -85,22 +85,17 @@ def describe_data(splits: ReviewSplits, train_rows: ReviewRows, test_rows: Revie
     )
 
 
-def plot_and_measure(logits: torch.Tensor, splits: ReviewSplits, folder: str | Path) -> dict[str, float]:
+def draw_figures(logits: torch.Tensor, splits: ReviewSplits, folder: str | Path) -> None:
     """Draw confusion_matrix.png and reliability.png into a folder.
 
     Args:
         logits: (N, C) of the test texts.
-
-    Returns:
-        The 95 % interval of the accuracy.
     """
     labels = np.asarray(splits.test.labels)
     predictions = logits.argmax(-1).numpy()
     matrix = confusion_matrix(predictions, labels, len(splits.class_names))
     plot_confusion_matrix(matrix, splits.class_names, Path(folder, "confusion_matrix.png"))
     plot_reliability(logits.double().softmax(-1).numpy(), labels, Path(folder, "reliability.png"))
-    low, high = bootstrap_interval(predictions == labels)
-    return {"accuracy_low": low, "accuracy_high": high}
 
 
 def ask_command(folder: str, lora_args: LoraArguments, text: str) -> str:

@@ -83,7 +83,8 @@ def climb(
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
     )
-    metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics | trainer.evaluate()
+    metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
     trainer.save_model()
+    metrics |= trainer.evaluate()
     trainer.save_state()
     return {"parameters": model.num_parameters()} | metrics

@@ -27,6 +27,8 @@ RUN_FIELDS = (
 # fields of subclasses of TrainingArguments that change no weight
 HARMLESS_FIELDS = {"allow_changed_run", "cpu_threads", "precision", "dataset_num_proc", "eval_max_rows"}
 HARMLESS_CONFIG = {"_name_or_path", "architectures", "transformers_version", "use_cache"}
+# those that the first labels set, or that change only how the loss is computed
+HARMLESS_CONFIG |= {"problem_type", "skip_logits"}
 SAMPLED_ITEMS = 64
 
 

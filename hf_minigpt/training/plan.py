@@ -139,7 +139,8 @@ def _activation_bytes(config: MiniGPTConfig, args: PretrainArguments, context_le
     # norm's input and output twice, residual sums; queries, keys, values and output; before and after the activation
     kept_in_block = 6 * config.hidden_size + 5 * inner + 2 * config.intermediate_size
     blocks = config.num_hidden_layers * kept_in_block
-    if args.activation_checkpointing:
+    # before transformers 5.23 it has its old name only
+    if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
         blocks = config.num_hidden_layers * config.hidden_size + kept_in_block
     # logits, their exponentials and gradient, in float32
     chunk = min(tokens * config.vocab_size, 2**27 if args.device.type == "cuda" else 2**23)

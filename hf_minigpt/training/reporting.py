@@ -39,6 +39,7 @@ def pretraining_report(
     metrics: Mapping[str, float],
     sample: str,
     command: str,
+    plot: str | None = "loss.png",
 ) -> TrainingReport:
     """The report of `recipes/pretrain.py`; `metrics` are the Trainer's, with their prefixes."""
     on_tales = data_args.dataset is None
@@ -74,7 +75,7 @@ def pretraining_report(
         metrics=figures | {"tokens_per_second": metrics["train_tokens_per_second"]},
         sample=sample,
         command=command,
-        plot="loss.png",
+        plot=plot,
         limits=LIMITS,
         license="mit" if on_tales else "unknown",
         language="en" if on_tales else None,

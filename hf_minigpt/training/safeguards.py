@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,11 @@ def optional(what: str) -> Iterator[None]:
         yield
     except Exception:
         logger.warning("%s failed; the run goes on without it.", what[:1].upper() + what[1:], exc_info=True)
+
+
+def written(folder: str | Path, *names: str) -> str:
+    """Those of the files that a run has written, for its last words: ", README.md, loss.png"."""
+    return "".join(f", {name}" for name in names if Path(folder, name).is_file())
 
 
 def allow_any_output() -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate.state import PartialState
@@ -37,8 +37,21 @@ from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import prepare_corpus
 from ..modeling_minigpt import MiniGPTForCausalLM
 from ..tokenization import add_chat_template, check_tokenizer_fits, num_ids
-from .arguments import _HELP, DataArguments, LanguageModelArguments, PretrainArguments
+from .arguments import (
+    _HELP,
+    COUNT,
+    NOT_NEGATIVE,
+    RATE,
+    SEED,
+    SHARE,
+    AttentionImplementation,
+    DataArguments,
+    LanguageModelArguments,
+    PretrainArguments,
+    best_by,
+)
 from .base_model import MULTIPLE
+from .flags import Condition, Needs, check_arguments
 from .metrics import score_rows
 from .settings import INHERITED, LEARNING_RATES, SETTINGS_FILE, load_settings
 from .trainer import LanguageModelTrainer
@@ -59,7 +72,9 @@ class InstructionArguments:
         },
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name. Default: that of --model."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Default: sdpa."})
+    attn_implementation: Annotated[str | None, AttentionImplementation()] = field(
+        default=None, metadata={"help": "Default: sdpa."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the code that a model or tokenizer on the Hub comes with."}
     )
@@ -73,12 +88,14 @@ class InstructionArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
-    max_records: int | None = field(default=None, metadata={"help": "Use only the first records."})
-    held_out_fraction: float = field(
+    max_records: Annotated[int | None, COUNT] = field(default=None, metadata={"help": "Use only the first records."})
+    held_out_fraction: Annotated[float, SHARE] = field(
         default=0.1, metadata={"help": "Share of the records that is held out, prompt by prompt."}
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of the held-out prompts."})
-    max_lost: float = field(
+    split_seed: Annotated[int, SEED] = field(
+        default=0, metadata={"help": "Seed of the choice of the held-out prompts."}
+    )
+    max_lost: Annotated[float, SHARE] = field(
         default=0.1, metadata={"help": "Largest share of the records that may be empty, duplicate or over-long."}
     )
 
@@ -89,49 +106,53 @@ class InstructionArguments:
             "tokenizer has, else roles."
         },
     )
-    max_length: int | None = field(
+    max_length: Annotated[int | None, COUNT] = field(
         default=None, metadata={"help": "Longest record in tokens. Default: the base model's context."}
     )
     packing: bool = field(
         default=True, metadata={"help": "Pack records into rows, none seeing another; else one a row, padded."}
     )
-    packed_length: int | None = field(
+    packed_length: Annotated[int | None, COUNT] = field(
         default=None,
         metadata={"help": "Tokens in a packed row. Default: twice the longest record's, at most the context."},
     )
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn to write the prompts, too."})
-    pretraining_share: float = field(
+    pretraining_share: Annotated[float, SHARE] = field(
         default=0.0, metadata={"help": "Share of the rows that are pretraining text, against forgetting."}
     )
-    pretraining_dataset: str | None = field(
+    pretraining_dataset: Annotated[str | None, Needs("pretraining_share")] = field(
         default=None, metadata={"help": "That text: as --dataset of pretrain.py; default: the tales."}
     )
 
-    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0: the whole model."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Default: twice the rank."})
+    lora_rank: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "Train a LoRA adapter of this rank; 0: the whole model."}
+    )
+    lora_alpha: Annotated[int | None, COUNT, Needs("lora_rank")] = field(
+        default=None, metadata={"help": "Default: twice the rank."}
+    )
     merge_lora: bool = field(default=False, metadata={"help": "Save base model and adapter as one model."})
 
-    learning_rate_factor: float = field(
+    learning_rate_factor: Annotated[float, RATE] = field(
         default=0.5, metadata={"help": "Inherited learning rates are the pretraining run's times this."}
     )
-    show_examples: int = field(
-        default=0, metadata={"help": "Print so many records, trained tokens in green, and stop."}
+    show_examples: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "Print so many records before the training, trained tokens in green."}
     )
-    eval_answers: int = field(
-        default=400, metadata={"help": "Held-out records that are answered at the end and compared."}
+    eval_answers: Annotated[int, NOT_NEGATIVE] = field(
+        default=400, metadata={"help": "Held-out records that are answered at the end and compared; 0: none."}
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens in one of these answers at most."})
+    max_new_tokens: Annotated[int, COUNT] = field(
+        default=128, metadata={"help": "Tokens in one of these answers at most."}
+    )
     cache_dir: str = field(
         default=DataArguments().cache_dir, metadata={"help": "Where the embedded base model is kept."}
     )
 
     def __post_init__(self):
-        for name in ("held_out_fraction", "max_lost", "pretraining_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a share: choose one from 0 to below 1.")
+        check_arguments(self)
         if self.held_out_fraction == 0:
             raise ValueError("held_out_fraction=0 leaves nothing to measure by: choose a share above 0.")
-        if self.lora_rank < 0 or (self.merge_lora and not self.lora_rank):
+        if self.merge_lora and not self.lora_rank:
             raise ValueError(
                 f"lora_rank={self.lora_rank} with merge_lora={self.merge_lora}: set --lora_rank 16 or so for an "
                 "adapter, or leave out --merge_lora."
@@ -141,6 +162,9 @@ class InstructionArguments:
 @dataclass
 class SFTArguments(LanguageModelArguments):
     """`LanguageModelArguments` with defaults for finetuning on instructions."""
+
+    METRICS: ClassVar[dict[str, bool]] = {"loss": False, "perplexity": False, "accuracy": True}
+    CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = {"metric_for_best_model": best_by(METRICS)}
 
     output_dir: str | None = field(default="runs/sft", metadata=_HELP["output_dir"])
     warmup_steps: float = field(default=0.05, metadata=_HELP["warmup_steps"])
@@ -403,7 +427,8 @@ def answer_all(
         batch = order[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
         length = padded["input_ids"].shape[1]
-        room = max_new_tokens
+        # of positions without a table too: nothing that long was learned
+        room = min(max_new_tokens, config.max_position_embeddings)
         if config.position_embedding_type == "learned":
             # the last token written is not read again
             room = min(room, config.max_position_embeddings + 1 - length)

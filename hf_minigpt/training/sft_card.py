@@ -63,6 +63,7 @@ def sft_report(
     data: InstructionData,
     metrics: Mapping[str, float],
     command: str,
+    plot: str | None = "loss.png",
 ) -> TrainingReport:
     """The report of `recipes/sft.py`; `metrics` are the Trainer's, with their prefixes."""
     on_tales = sft_args.dataset is None
@@ -108,7 +109,7 @@ def sft_report(
         },
         sample="",
         command=command,
-        plot="loss.png",
+        plot=plot,
         limits=LIMITS,
         license="mit" if on_tales and sft_args.model is None else "unknown",
         language="en" if on_tales else None,

@@ -46,6 +46,30 @@ def _nats(model: PreTrainedModel, batch: Sequence[tuple[list[int], int]]) -> flo
     return losses.cpu().double().sum().item()
 
 
+def window_sizes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    name: str = "",
+) -> tuple[int, int, int]:
+    """The context, the stride and the id of the token to begin with; arguments and errors as of `score_texts`."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    context = context or limit
+    if context is None or (limit is not None and context > limit):
+        raise ValueError(
+            f"--context_length {context}: {name or 'the model'} has a context of {limit}; choose one in it."
+        )
+    stride = stride or max(context // 2, 1)
+    if not 1 <= stride <= context:
+        raise ValueError(f"--stride {stride} must lie between 1 and the context, {context}: tokens would be left out.")
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise ValueError(f"the tokenizer of {name or 'the model'} has neither a beginning- nor an end-of-text token.")
+    return context, stride, begin
+
+
 def score_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -73,18 +97,7 @@ def score_texts(
         ValueError: a tokenizer without a token to begin with, a context that the model does not have, or a stride that
             leaves tokens out.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    context = context or limit
-    if context is None or (limit is not None and context > limit):
-        raise ValueError(
-            f"--context_length {context}: {name or 'the model'} has a context of {limit}; choose one in it."
-        )
-    stride = stride or max(context // 2, 1)
-    if not 1 <= stride <= context:
-        raise ValueError(f"--stride {stride} must lie between 1 and the context, {context}: tokens would be left out.")
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
-        raise ValueError(f"the tokenizer of {name or 'the model'} has neither a beginning- nor an end-of-text token.")
+    context, stride, begin = window_sizes(model, tokenizer, context=context, stride=stride, name=name)
     encoder = plain_text_encoder(tokenizer)
     totals = {"nats": 0.0, "tokens": 0, "bytes": 0, "changed_texts": 0}
 

@@ -1,6 +1,7 @@
 """transformers' Trainer, with an evaluation that is exact for language models and a log that counts tokens."""
 
 import time
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class LanguageModelTrainer(Trainer):
 
     - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
       `args.eval_max_rows`.
+    - The loss is computed without the logits: outputs have none.
     - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
       `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (their share of `peak_flops_per_second` of all
       devices) and `accuracy`, the share of the labels that were the most likely token.
@@ -41,6 +43,16 @@ class LanguageModelTrainer(Trainer):
         self._hits_and_labels = torch.zeros(2, dtype=torch.int64)
         self._flops_per_token: float | None = None
 
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last=True with per_device_train_batch_size={self.args.per_device_train_batch_size}: "
+                f"the {len(self.train_dataset)} rows fill no batch on {self.args.world_size} processes. Choose a "
+                "smaller one."
+            )
+        return loader
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
@@ -58,8 +70,9 @@ class LanguageModelTrainer(Trainer):
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs_and_options = {**inputs, "skip_logits": True, "count_correct": True}
         loss, outputs = super().compute_loss(
-            model, {**inputs, "count_correct": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, inputs_and_options, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         num_labels = (inputs["shift_labels"] != -100).sum()
         hits_and_labels = torch.stack([outputs.num_correct, num_labels])

@@ -72,7 +72,7 @@ def run(setting: Setting, args: argparse.Namespace, device: torch.device) -> dic
 
     def step() -> torch.Tensor:
         with autocast, sdpa_kernel(backends):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = forward(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

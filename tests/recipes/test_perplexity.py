@@ -164,3 +164,51 @@ def test_impossible_windows_are_refused(models):
     ):
         with pytest.raises(ValueError, match=message):
             perplexity.main([str(models / "modern"), *flags, *wrong])
+
+
+def test_all_models_are_tried_before_the_first_is_scored(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "score_texts", lambda *args, **kwargs: pytest.fail("a model was scored"))
+    flags = ["--dataset", str(models / "texts.jsonl"), "--part", "all", "--cpu_threads", "1"]
+    good, damaged = str(models / "gpt2"), tmp_path / "damaged"
+    AutoTokenizer.from_pretrained(good).save_pretrained(damaged)
+    (damaged / "config.json").write_text((models / "gpt2" / "config.json").read_text())
+    for wrong in (str(models / "misspelt"), str(damaged)):
+        with pytest.raises(OSError, match=wrong.split("/")[-1]):
+            perplexity.main([good, wrong, *flags])
+    with pytest.raises(ValueError, match="has a context of 16"):
+        perplexity.main([good, str(models / "modern"), *flags, "--context_length", "17"])
+
+
+def test_each_result_is_kept_as_it_comes(models, tmp_path, monkeypatch, capsys):
+    names = [str(models / "gpt2"), str(models / "modern")]
+    output = tmp_path / "figures.json"
+    scored = perplexity.score_texts
+
+    def fail_at_the_second(*args, name, **kwargs):
+        if name == names[1]:
+            raise MemoryError("too large")
+        return scored(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(perplexity, "score_texts", fail_at_the_second)
+    flags = ["--dataset", str(models / "texts.jsonl"), "--part", "all", "--cpu_threads", "1", "--output", str(output)]
+    with pytest.raises(MemoryError):
+        perplexity.main([*names, *flags])
+    first = json.loads(output.read_text())
+    assert list(first) == names[:1]
+    assert f"{first[names[0]]['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(["--stride", "0"], ["--context_length", "-1"], ["--tokens_per_batch", "0"], ["--max_documents", "0"]),
+        *(["--validation_fraction", "nan"], ["--split_seed", "-1"], ["--cpu_threads", "0"], ["--dtype", "flaot32"]),
+        ["--output", "nowhere/figures.json"],
+    ],
+)
+def test_wrong_flags_end_the_program_before_anything_is_read(flag, monkeypatch, capsys):
+    monkeypatch.setattr(perplexity, "load_documents", lambda *args, **kwargs: pytest.fail("the corpus was opened"))
+    with pytest.raises(SystemExit):
+        perplexity.main(["model", *flag])
+    error = capsys.readouterr().err
+    assert flag[0] in error and flag[1] in error

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chat
 import generate
 import pretrain
 import pretrain_loop
@@ -264,7 +265,63 @@ def test_windows_never_pass_the_context():
         assert written == max_new_tokens
 
 
-@pytest.mark.parametrize("flag", [["--temperature", "0"], ["--max_new_tokens", "0"]])
-def test_generate_refuses_nonsense(pretrained, flag):
+@pytest.mark.parametrize("program", [generate, chat], ids=["generate", "chat"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(["--temperature", "0"], ["--temperature", "nan"], ["--max_new_tokens", "0"], ["--top_k", "-1"]),
+        *(["--top_p", "0"], ["--top_p", "1.5"], ["--top_p", "inf"], ["--seed", "-1"]),
+    ],
+)
+def test_nonsense_is_refused_before_the_model_is_read(program, flag, capsys):
     with pytest.raises(SystemExit):
-        generate.main([str(pretrained), *flag])
+        program.main(["no/model", *flag])
+    error = capsys.readouterr().err
+    assert flag[0] in error and flag[1] in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save_strategy", "epoch"], "save_strategy='epoch': this loop counts steps"),
+        (["--eval_strategy", "epoch"], "eval_strategy='epoch'"),
+        (["--load_best_model_at_end", "true", "--save_steps", "0.1"], "load_best_model_at_end=True"),
+        (["--optimizer", "trainer"], "optimizer='trainer': this loop has no Trainer"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type='reduce_lr_on_plateau'"),
+    ],
+)
+def test_the_loop_refuses_what_it_does_not_follow(flags, message, monkeypatch):
+    monkeypatch.setattr(pretrain_loop, "open_documents", lambda args: pytest.fail("the corpus was opened"))
+    with pytest.raises(ValueError, match=message):
+        pretrain_loop.main([*SMALL, *flags])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (
+            pretrain_loop,
+            ["--gradient_accumulation_steps", "100000"],
+            "gradient_accumulation_steps=100000 makes a step",
+        ),
+        (
+            pretrain,
+            ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "100000"],
+            "fill no batch on 1 processes",
+        ),
+    ],
+)
+def test_a_step_must_find_its_rows(recipe, flags, message, corpus, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        recipe.main(
+            [
+                *SMALL,
+                "--dataset",
+                str(corpus),
+                "--cache_dir",
+                str(folder / "cache"),
+                "--output_dir",
+                str(tmp_path),
+                *flags,
+            ]
+        )

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.data.instructions import load_records, to_conversations
 from hf_minigpt.tokenization import check_tokenizer_fits
 
@@ -101,7 +102,7 @@ def test_lora(merge, base, records, folder, capsys):
     # what was evaluated is what is talked to
     conversations, _ = to_conversations(load_records(str(records)))
     assert conversations and said[-1]["role"] == "assistant"
-    model = chat.load_model(str(output), trust_remote_code=False)
+    model = load_causal_lm(str(output))
     weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
     changed = [
         name for name, tensor in weights.items() if not torch.equal(tensor, model.state_dict()[name][: len(tensor)])
