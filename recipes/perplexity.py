@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
     parser.add_argument("--dataset_split", default="train", help="split of a dataset on the Hub")
     parser.add_argument("--text_column", default="text")
+    parser.add_argument("--document_separator", help="text between the documents of a .txt file")
     parser.add_argument("--join_sentences", action="store_true", help="rows are sentences: join them into documents")
     parser.add_argument(
         "--max_documents", type=number(int, least=1), help="read only the first documents of the corpus"
@@ -85,9 +86,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}, make it first.")
 
     use_all_cores(args.cpu_threads)
-    options = {"split": args.dataset_split, "text_column": args.text_column, "join_sentences": args.join_sentences}
     documents = load_documents(
-        args.dataset, config_name=args.dataset_config, max_documents=args.max_documents, **options
+        args.dataset,
+        config_name=args.dataset_config,
+        split=args.dataset_split,
+        text_column=args.text_column,
+        join_sentences=args.join_sentences,
+        document_separator=args.document_separator,
+        max_documents=args.max_documents,
     )
     if len(args.models) > 1:
         # what is wrong with the last model is not to show after the others were scored

@@ -1,21 +1,31 @@
 """Where text comes from: the embedded tales, files and folders, or a dataset on the Hub, all as `Documents`."""
 
 import codecs
-import glob
 import hashlib
 import io
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..tokenization import PIECE_LENGTH, Text
+from ..tokenization import END_OF_TEXT, PIECE_LENGTH, Text
+from .files import (
+    ROWS_PER_BATCH,
+    SUFFIXES,
+    Row,
+    check_columns,
+    check_start,
+    file_format,
+    find_files,
+    open_bytes,
+    read_errors,
+    read_rows,
+    text_of,
+)
 
-
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SUFFIXES = (".txt", *LOADERS)
 
 DEFAULT_NUM_TALES = 30_000
 TALES_SEED = 0
@@ -24,7 +34,8 @@ TALES_SEED = 0
 # sentences of BookCorpus still make tens of thousands of documents to hold some out from.
 JOINED_DOCUMENT_LENGTH = 100_000
 
-ROWS_PER_BATCH = 1000
+# Of each text file so much is searched for END_OF_TEXT before a run.
+SEARCHED_BYTES = 1 << 20
 
 
 class Documents:
@@ -86,18 +97,21 @@ def load_documents(
     split: str = "train",
     text_column: str = "text",
     join_sentences: bool = False,
+    document_separator: str | None = None,
     max_documents: int | None = None,
 ) -> Documents:
     """Name a corpus, get its documents.
 
     Args:
-        dataset: None for the embedded tales; a file (.txt, .jsonl, .json, .csv, .parquet) or a folder searched for
-            such files, in sorted order, hidden ones left out; else a name on the Hub. A .txt file is one document,
-            a row of the others is one. Text files are UTF-8; a byte order mark is dropped and line ends become `\\n`.
+        dataset: None for the embedded tales; a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, each also .gz or
+            .zst), a folder searched for such files, in sorted order, hidden ones left out, or a glob; else a name on
+            the Hub. A .txt file is one document, a row of the others is one. Text files are UTF-8; a byte order mark
+            is dropped and line ends become `\\n`.
         config_name, split: of a Hub dataset.
         text_column: the column of the rows that holds the text.
         join_sentences: the rows (of a .txt file, its lines) are sentences, as in the classic BookCorpus: join them
             with line breaks into documents of about 100,000 characters.
+        document_separator: text between the documents of a .txt file, such as `<|endoftext|>`.
         max_documents: use only the first documents; for the tales, how many (30,000 by default).
 
     Raises:
@@ -107,20 +121,19 @@ def load_documents(
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents={max_documents} leaves no text; use 1 or more, or leave it out")
     options = {"text_column": text_column, "join_sentences": join_sentences, "max_documents": max_documents}
+    files = None if dataset is None else find_files(dataset)
+    separator = _check_separator(files or [], document_separator, join_sentences)
+    if separator is not None:
+        options["document_separator"] = separator
     if dataset is None:
         return _tales(max_documents or DEFAULT_NUM_TALES)
-
-    files = _files(dataset)
     if files is None:
         return _hub_documents(str(dataset), config_name, split, options)
 
     def read() -> Iterator[Text]:
         for file in files:
-            if file.suffix.lower() == ".txt" and not join_sentences:
-                yield _text_in_pieces(file)
-                continue
-            rows = _read_file(file, text_column, by_line=join_sentences)
-            yield from (text for text, _ in _joined(rows)) if join_sentences else rows
+            texts = _read_file(file, text_column, join_sentences, separator)
+            yield from (text for text, _ in _joined(map("".join, texts))) if join_sentences else texts
 
     return Documents(str(dataset), _digest("files", _content(files), options), read, max_documents)
 
@@ -163,18 +176,22 @@ def stream_documents(
     split: str = "train",
     text_column: str = "text",
     join_sentences: bool = False,
+    document_separator: str | None = None,
 ) -> ShardedDocuments:
     """`load_documents` for a corpus that shall not be downloaded, or read, as a whole.
 
     Raises:
         ValueError: nothing there by that name, nothing in it that can be read.
     """
-    options = {"text_column": text_column, "join_sentences": join_sentences}
-    files = _files(dataset)
+    options: dict[str, Any] = {"text_column": text_column, "join_sentences": join_sentences}
+    files = find_files(dataset)
+    separator = _check_separator(files or [], document_separator, join_sentences)
+    if separator is not None:
+        options["document_separator"] = separator
     if files is not None:
 
         def read_file(shard: int, start: int) -> Iterator[str]:
-            return _read_file(files[shard], text_column, by_line=join_sentences, start=start)
+            return map("".join, _read_file(files[shard], text_column, join_sentences, separator, start))
 
         fingerprint = _digest("files", _content(files), options)
         return ShardedDocuments(str(dataset), fingerprint, len(files), read_file, join_sentences)
@@ -186,21 +203,6 @@ def stream_documents(
 
     fingerprint = _digest("hub", name, config_name, split, revision, rows.num_shards, options)
     return ShardedDocuments(name, fingerprint, rows.num_shards, read_shard, join_sentences)
-
-
-def _files(dataset: str | Path) -> list[Path] | None:
-    """The files that a path names; None where there is nothing, as for a name on the Hub."""
-    root = Path(dataset)
-    if root.is_dir():
-        files = list(_files_below(root))
-        if not files:
-            raise ValueError(f"folder {root} holds no file that ends in {', '.join(SUFFIXES)}")
-        return files
-    if not root.is_file():
-        return None
-    if root.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{root}: cannot read {root.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
-    return [root]
 
 
 def _content(files: list[Path]) -> list[tuple[str, int, int]]:
@@ -224,7 +226,7 @@ def _tales(num_tales: int) -> Documents:
 
 
 def _check_hub_name(name: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.lower().endswith(SUFFIXES):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or file_format(name) in SUFFIXES:
         raise ValueError(f"no file or folder {name}, and it does not look like a name on the Hub (owner/dataset)")
 
 
@@ -255,7 +257,7 @@ def _hub_documents(name: str, config_name: str | None, split: str, options: dict
     fingerprint = _digest("hub", name, config_name, split, rows._fingerprint, options)
     text_column = options["text_column"]
     # a missing column shall not wait for a tokenizer to be trained
-    _check_column(name, rows.column_names, text_column)
+    check_columns(name, rows.column_names, [text_column])
 
     def read() -> Iterator[str]:
         texts = _texts(rows, name, text_column)
@@ -264,58 +266,51 @@ def _hub_documents(name: str, config_name: str | None, split: str, options: dict
     return Documents(name, fingerprint, read, options["max_documents"])
 
 
-def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:
-        raise ValueError(f"{folder} is a symbolic link to a folder that it lies in; remove the link")
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(entry, (*above, real))
-        elif entry.suffix.lower() in SUFFIXES:
-            if not entry.is_file():
-                raise ValueError(f"{entry} is not a regular file but, perhaps, a link to nowhere; remove it")
-            yield entry
-
-
-def _read_file(path: Path, text_column: str, by_line: bool, start: int = 0) -> Iterator[str]:
-    try:
-        if path.suffix.lower() == ".txt":
-            yield from itertools.islice(_read_text(path, by_line), start, None)
-        else:
-            yield from _read_rows(path, text_column, start)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: {error}; convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
-        ) from error
-
-
-def _read_text(path: Path, by_line: bool) -> Iterator[str]:
-    if not by_line:
-        yield "".join(_text_in_pieces(path))
+def _read_file(
+    path: Path, text_column: str, by_line: bool, document_separator: str | None, start: int = 0
+) -> Iterator[Text]:
+    """The texts of a file: its rows', or of a .txt its lines, its parts between separators, or itself in pieces."""
+    if file_format(path) != ".txt":
+        for row in read_rows(path, [text_column], start):
+            yield text_of(row, text_column) or ""
         return
-    with path.open("rb") as file:
-        _check_not_binary(path, file.read(4096))
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from (line.rstrip("\n") for line in lines)
+    texts: Iterator[Text]
+    if by_line:
+        texts = _text_lines(path)
+    elif document_separator is not None:
+        texts = _separated(_text_in_pieces(path), document_separator)
+    else:
+        texts = iter((_text_in_pieces(path),))
+    yield from itertools.islice(texts, start, None)
 
 
-def _check_not_binary(path: Path, start: bytes) -> None:
-    # archives and UTF-16 have zero bytes near the start, UTF-8 text has none
-    if b"\0" in start:
-        raise ValueError(f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Convert it")
+def _text_lines(path: Path) -> Iterator[str]:
+    rest = ""
+    for piece in _text_in_pieces(path):
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _separated(pieces: Iterable[str], separator: str) -> Iterator[str]:
+    """The texts between separators, without the line breaks around them."""
+    rest = ""
+    for piece in pieces:
+        *texts, rest = (rest + piece).split(separator)
+        yield from (text.strip("\n") for text in texts)
+    yield rest.strip("\n")
 
 
 def _text_in_pieces(path: Path) -> Iterator[str]:
     """The text of a file, which as a whole would take four bytes a character if a single one is an emoji."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     num_read, is_empty = 0, True
-    with path.open("rb") as file:
+    with read_errors(path), open_bytes(path) as file:
         while True:
             data = file.read(PIECE_LENGTH)
             if num_read == 0:
-                _check_not_binary(path, data[:4096])
+                check_start(path, data[:4096])
             num_read += len(data)
             try:
                 piece = decoder.decode(data, final=not data)
@@ -324,7 +319,7 @@ def _text_in_pieces(path: Path) -> Iterator[str]:
                 position = num_read - len(error.object) + error.start
                 raise ValueError(
                     f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} in position {position}: "
-                    f"{error.reason}; convert it (iconv -f LATIN1 -t UTF-8) or leave it out"
+                    f"{error.reason}; convert the file (iconv -f WINDOWS-1252 -t UTF-8) or leave it out."
                 ) from error
             is_empty = is_empty and not piece.strip()
             if not data and is_empty:
@@ -335,43 +330,44 @@ def _text_in_pieces(path: Path) -> Iterator[str]:
                 return
 
 
-def _read_rows(path: Path, text_column: str, start: int) -> Iterator[str]:
-    import datasets
+def _check_separator(files: list[Path], document_separator: str | None, join_sentences: bool) -> str | None:
+    """The separator with its escapes resolved. Warns of text files that are full of end-of-text markers.
 
-    # pandas would take the texts "NA" and "null" for missing
-    options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
-    try:
-        rows = datasets.load_dataset(
-            LOADERS[path.suffix.lower()], data_files=glob.escape(str(path)), split="train", streaming=True, **options
-        )
-        has_rows = start > 0
-        for text in _texts(rows, path, text_column, start):
-            has_rows = True
-            yield text
-        if not has_rows:
-            raise ValueError(f"{path} is empty; remove it or leave it out")
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise error if str(path) in str(error) else ValueError(f"{path} cannot be read: {error}") from error
+    Raises:
+        ValueError: an empty separator, or one that nothing uses.
+    """
+    texts = [file for file in files if file_format(file) == ".txt"]
+    if document_separator is not None:
+        if document_separator == "":
+            raise ValueError(
+                "document_separator='' is empty: name the text between documents, \\\\n\\\\n for a blank line."
+            )
+        if join_sentences or not texts:
+            why = "join_sentences makes the documents" if join_sentences else "there is no .txt file among the data"
+            raise ValueError(f"document_separator={document_separator!r} has no use: {why}. Leave it out.")
+        return document_separator.replace("\\n", "\n").replace("\\t", "\t")
+    for file in texts:
+        with read_errors(file), open_bytes(file) as content:
+            count = content.read(SEARCHED_BYTES).count(END_OF_TEXT.encode())
+        if count > 1 and not join_sentences:
+            warnings.warn(
+                f"{file} has {END_OF_TEXT} {count:,} times in its first MB, and would be learned as one document with "
+                f"the marker as text. To split it there: --document_separator '{END_OF_TEXT}'.",
+                stacklevel=3,
+            )
+    return None
 
 
-def _check_column(source: str | Path, columns: list[str], text_column: str) -> None:
-    if text_column not in columns:
-        raise ValueError(f"{source} has no column {text_column!r}; name one of its columns as text column: {columns}")
-
-
-def _texts(rows: Any, source: str | Path, text_column: str, start: int = 0) -> Iterator[str]:
+def _texts(rows: Any, source: str, text_column: str, start: int = 0) -> Iterator[str]:
+    """The texts of a dataset from the Hub."""
+    number = 0
     for table in rows.with_format("arrow").iter(ROWS_PER_BATCH):
-        _check_column(source, table.column_names, text_column)
-        skipped = min(start, len(table))
-        start -= skipped
-        for text in table[text_column].slice(skipped).to_pylist():
-            if text is not None and not isinstance(text, str):
-                raise ValueError(
-                    f"{source}: column {text_column!r} holds {type(text).__name__}, not text: {text!r:.80}"
-                )
-            yield text or ""
+        check_columns(source, table.column_names, [text_column])
+        skipped = min(max(start - number, 0), len(table))
+        number += skipped
+        for value in table[text_column].slice(skipped).to_pylist():
+            number += 1
+            yield text_of(Row(f"{source}, row {number}", {text_column: value}), text_column) or ""
 
 
 def _joined(sentences: Iterable[str]) -> Iterator[tuple[str, int]]:

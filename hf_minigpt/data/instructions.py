@@ -5,7 +5,6 @@ tokens to itself: packed rows restart `position_ids` at each one, from which the
 no record's last position predicts the next one's first token.
 """
 
-import glob
 import itertools
 import json
 import math
@@ -14,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .collators import IGNORE_INDEX
+from .files import ROW_SUFFIXES, check_unicode, file_format, find_files, is_missing, read_rows, short
 from .rows import Row, _rng
 
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 FORMATS = "'messages', or 'prompt' and 'completion', or 'instruction', 'output' and perhaps 'input'"
 
 # what roles are called, and what they are
@@ -90,49 +88,32 @@ class RecordCounts:
 # Records
 
 
-def load_records(dataset: str, config_name: str | None = None, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of a file or folder of .json, .jsonl, .csv, .parquet, or of a dataset on the Hub.
+class Record(dict[str, Any]):
+    """A record and where it lies, for messages."""
+
+    def __init__(self, values: Mapping[str, Any], place: str):
+        super().__init__(values)
+        self.place = place
+
+
+def load_records(dataset: str, config_name: str | None = None, split: str = "train") -> Iterator[Record]:
+    """The rows of files of .json, .jsonl, .csv, .tsv, .parquet, each also .gz or .zst, or of a dataset on the Hub.
 
     Raises:
         ValueError: nothing there by that name, or nothing in it that can be read.
     """
-    root = Path(dataset)
-    if root.is_file() or root.is_dir():
-        files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
-        if not files or any(file.suffix.lower() not in SUFFIXES for file in files):
-            raise ValueError(f"{root} holds no instructions: give a file or folder of {', '.join(SUFFIXES)}.")
-        return [record for file in files for record in _read_file(file)]
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or dataset.lower().endswith(SUFFIXES):
+    files = find_files(dataset, ROW_SUFFIXES)
+    if files is not None:
+        return (Record(row.values, row.place) for file in files for row in read_rows(file))
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or file_format(dataset) in ROW_SUFFIXES:
         raise ValueError(f"no file or folder {dataset}, and it does not look like a name on the Hub (owner/dataset).")
     import datasets
 
     try:
-        return datasets.load_dataset(dataset, config_name, split=split).to_list()
+        rows = datasets.load_dataset(dataset, config_name, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"no file or folder {dataset} here, and the Hub did not give a dataset: {error}") from error
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-        elif suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            records = [json.loads(line) for line in lines if line.strip()]
-        else:
-            import datasets
-
-            # pandas would take the texts "NA" and "null" for missing
-            options = {"keep_default_na": False} if suffix == ".csv" else {}
-            records = datasets.load_dataset(
-                suffix[1:], data_files=glob.escape(str(path)), split="train", **options
-            ).to_list()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} must hold a list of records, each with the fields {FORMATS}.")
-    return records
+    return (Record(row, f"{dataset}, row {i}") for i, row in enumerate(rows, start=1))
 
 
 def to_conversation(record: Mapping[str, Any], input_separator: str = "\n\n") -> Conversation | None:
@@ -153,9 +134,9 @@ def to_conversation(record: Mapping[str, Any], input_separator: str = "\n\n") ->
         ValueError: none of the three formats, a value that is no text, or roles that do not take turns.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"a record is {_short(record)}, and must be an object with {FORMATS}.")
-    given = {name for name, value in record.items() if not _is_missing(value)}
-    category = _checked(str(record["category"]), "category") if "category" in given else ""
+        raise ValueError(f"a record is {short(record)}, and must be an object with {FORMATS}.")
+    given = {name for name, value in record.items() if not is_missing(value)}
+    category = check_unicode(str(record["category"]), "category") if "category" in given else ""
     turns = next((name for name in ("messages", "conversations") if name in given), None)
     if turns:
         messages = _messages(record[turns], turns)
@@ -210,19 +191,19 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{name} is the text {_short(value)}, which is no JSON ({error}): give a list of messages."
+                f"{name} is the text {short(value)}, which is no JSON ({error}): give a list of messages."
             ) from error
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} is {_short(value)}: give a list of messages, each with role and content.")
+        raise ValueError(f"{name} is {short(value)}: give a list of messages, each with role and content.")
     messages = []
     for i, message in enumerate(value):
         field_name = f"{name}[{i}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{field_name} is {_short(message)}: give an object with role and content.")
+            raise ValueError(f"{field_name} is {short(message)}: give an object with role and content.")
         for calls in ("tool_calls", "function_call"):
-            if not _is_missing(message.get(calls)) and message[calls]:
+            if not is_missing(message.get(calls)) and message[calls]:
                 raise ValueError(
-                    f"{field_name} has {calls}={_short(message[calls])}, which the chat templates cannot write: leave "
+                    f"{field_name} has {calls}={short(message[calls])}, which the chat templates cannot write: leave "
                     "this record out, or put the call into content as text."
                 )
         role_name, role = _first(message, "role", "from")
@@ -234,7 +215,7 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
             )
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
-                f"{field_name}.{role_name} is {_short(role)}: choose one of {', '.join(ROLES)}, of which the user's "
+                f"{field_name}.{role_name} is {short(role)}: choose one of {', '.join(ROLES)}, of which the user's "
                 "and the assistant's must take turns."
             )
         messages.append({"role": ROLES[role], "content": _content(content, f"{field_name}.{content_name}")})
@@ -243,7 +224,7 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
 
 def _first(message: Mapping[str, Any], *names: str) -> tuple[str, Any]:
     """The first of these fields that has a value; the first one if none has."""
-    name = next((name for name in names if not _is_missing(message.get(name))), names[0])
+    name = next((name for name in names if not is_missing(message.get(name))), names[0])
     return name, message.get(name)
 
 
@@ -256,7 +237,7 @@ def _content(value: Any, name: str) -> str:
             kind = part.get("type", "text" if "text" in part else None)
             if kind != "text":
                 raise ValueError(
-                    f"{name}[{i}] is a part of type {_short(kind)}, and only parts of type 'text' can be trained: "
+                    f"{name}[{i}] is a part of type {short(kind)}, and only parts of type 'text' can be trained: "
                     "leave this part or this record out."
                 )
             part = part.get("text")
@@ -267,39 +248,16 @@ def _content(value: Any, name: str) -> str:
 def _text(value: Any, name: str) -> str:
     if isinstance(value, np.generic):
         value = value.item()
-    if _is_missing(value):
+    if is_missing(value):
         return ""
     if isinstance(value, str):
-        return _checked(value, name)
+        return check_unicode(value, name)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (math.inf, -math.inf):
         try:
             return str(value)
         except ValueError as error:
             raise ValueError(f"{name} is a number too long to be written ({error}): give it as text.") from error
-    raise ValueError(f"{name} is {_short(value)}, a value of type {type(value).__name__}: give it as text.")
-
-
-def _checked(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has {text[error.start]!r} at character {error.start}, half of a character (a surrogate pair cut "
-            f"in two), in {_short(text[max(error.start - 20, 0) : error.start + 20])}: mend or remove it."
-        ) from error
-    return text
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    raise ValueError(f"{name} is {short(value)}, a value of type {type(value).__name__}: give it as text.")
 
 
 def to_conversations(
@@ -313,7 +271,7 @@ def to_conversations(
         try:
             conversation = to_conversation(record, input_separator)
         except ValueError as error:
-            raise ValueError(f"record {i}: {error}") from error
+            raise ValueError(f"{getattr(record, 'place', f'record {i}')}: {error}") from error
         if conversation is None:
             counts.lost["empty"] += 1
             continue

@@ -3,8 +3,8 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,19 @@ from transformers import PreTrainedTokenizerFast
 from ..atomic import written_at_once
 from ..functional_minigpt import num_head_tokens
 from ..tokenization import plain_text_encoder
-from .corpora import LOADERS
+from .files import (
+    ROW_SUFFIXES,
+    Row,
+    check_columns,
+    declared_class_names,
+    file_format,
+    find_files,
+    is_missing,
+    read_rows,
+    short,
+    split_of,
+    text_of,
+)
 from .tale_reviews import TALE_REVIEW_LABELS, tale_reviews
 
 
@@ -55,6 +67,7 @@ class ReviewSplits:
         unlabelled: texts for pretraining, of no other split.
         num_duplicates: texts left out because they stand elsewhere; `num_across` of them were in the test split too.
         num_without_label: rows of the labelled splits left out because they have none.
+        num_without_text: rows left out because they have no text.
     """
 
     name: str
@@ -66,6 +79,7 @@ class ReviewSplits:
     num_duplicates: int
     num_across: int
     num_without_label: int
+    num_without_text: int = 0
 
     @property
     def pretraining_texts(self) -> list[str]:
@@ -89,7 +103,7 @@ def load_reviews(
     config_name: str | None = None,
     text_column: str = "text",
     label_column: str = "label",
-    class_names: Sequence[str] = ("negative", "positive"),
+    class_names: Sequence[str] | None = None,
     label_map: Mapping[str, str] | None = None,
     train_split: str = "train",
     test_split: str = "test",
@@ -105,10 +119,13 @@ def load_reviews(
     others. Both held-out sets are stratified, and follow from `split_seed` alone.
 
     Args:
-        dataset: None for the embedded reviews of tales; a file or folder of .jsonl, .json, .csv, .parquet (in a
-            folder, the words train and test in the files' names tell the splits); else a name on the Hub.
+        dataset: None for the embedded reviews of tales; a file, folder or glob of .jsonl, .json, .csv, .tsv, .parquet,
+            each also .gz or .zst (of several files, the words train and test in their names tell the splits); else a
+            name on the Hub.
         config_name: of a Hub dataset.
-        class_names: by class number, which is what a whole number in the column is. Other values are names.
+        class_names: by class number, which is what a whole number in the column is. Other values are names. None: the
+            names that the data declares (`ClassLabel`), else negative and positive. Where the data declares some of
+            these names, its numbers are looked up by name.
         label_map: name of the class for values of the column that are neither, or mean something else.
         unlabelled_split: more texts for `pretraining_texts`, labels not read.
         test_fraction: share of the texts to hold out where there is no test split; None for 0.2.
@@ -116,12 +133,13 @@ def load_reviews(
         max_train_examples: use only so many for training, after all splits are made.
 
     Raises:
-        ValueError: nothing there by that name, a column or a split that is not there, a label without a name.
+        ValueError: nothing there by that name, a column or a split that is not there, a value that is no text, a label
+            without a name. The message names file, row and column.
     """
     for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name}={share} must lie between 0 and 1, both excluded.")
-    num_without_label = 0
+    num_without_label = num_without_text = 0
     splits: dict[str, LabelledTexts] = {}
     unlabelled: list[str] = []
     if dataset is None:
@@ -129,29 +147,38 @@ def load_reviews(
         splits["train"] = LabelledTexts(*tale_reviews(DEFAULT_NUM_TALE_REVIEWS))
     else:
         name = str(dataset)
-        rows = _open(dataset, config_name)
-        if train_split not in rows:
-            raise ValueError(f"{name} has no split {train_split!r}; name one of {sorted(rows)} as train_split.")
-        for key, split in (("train", train_split), ("test", test_split)):
-            if split in rows:
-                texts = _column(rows[split], text_column, f"{name}, split {split}")
-                raw = _column(rows[split], label_column, f"{name}, split {split}")
-                labels = _class_numbers(raw, rows[split].features[label_column], class_names, label_map or {})
-                pairs = [(clean_text(text), n) for text, n in zip(texts, labels, strict=True) if n is not None]
-                num_without_label += len(labels) - len(pairs)
-                splits[key] = LabelledTexts([text for text, _ in pairs], [n for _, n in pairs])
+        sources = _open(dataset, config_name)
+        for flag, split in (("train_split", train_split), ("unlabelled_split", unlabelled_split)):
+            if split is not None and split not in sources:
+                raise ValueError(f"{name} has no split {split!r}; name one of {sorted(sources)} as {flag}.")
+        used = {
+            key: sources[split] for key, split in (("train", train_split), ("test", test_split)) if split in sources
+        }
+        declared = {tuple(names) for source in used.values() if (names := source.declared_names(label_column))}
+        if len(declared) > 1:
+            raise ValueError(f"{name} declares the classes of {label_column!r} differently: {sorted(declared)}.")
+        declared_names = list(declared.pop()) if declared else None
+        class_names = class_names or declared_names or ("negative", "positive")
+        class_of = _ClassNumbers(class_names, declared_names, label_map or {})
+        for key, source in used.items():
+            splits[key] = LabelledTexts([], [])
+            for row in source.rows([text_column, label_column]):
+                text = clean_text(text_of(row, text_column) or "")
+                number = class_of(row, label_column)
+                num_without_text += not text
+                num_without_label += bool(text) and number is None
+                if text and number is not None:
+                    splits[key].texts.append(text)
+                    splits[key].labels.append(number)
         if unlabelled_split is not None:
-            if unlabelled_split not in rows:
-                raise ValueError(
-                    f"{name} has no split {unlabelled_split!r}; name one of {sorted(rows)} as unlabelled_split."
-                )
-            source = f"{name}, split {unlabelled_split}"
-            unlabelled = [clean_text(text) for text in _column(rows[unlabelled_split], text_column, source)]
+            rows = sources[unlabelled_split].rows([text_column])
+            unlabelled = [text for row in rows if (text := clean_text(text_of(row, text_column) or ""))]
     if "test" in splits and test_fraction is not None:
         raise ValueError(
             f"test_fraction={test_fraction}, but {name} has a split {test_split!r} to test on: leave it out, or name "
             "a test_split that is not there."
         )
+    assert class_names is not None
     for key, given in splits.items():
         if set(given.labels) != set(range(len(class_names))):
             raise ValueError(
@@ -182,56 +209,121 @@ def load_reviews(
         num_duplicates=num_duplicates,
         num_across=num_across,
         num_without_label=num_without_label,
+        num_without_text=num_without_text,
     )
 
 
-def _open(dataset: str | Path, config_name: str | None) -> Any:
+@dataclass
+class _Source:
+    """One split of a set of labelled texts: its files, or a dataset of the Hub."""
+
+    name: str
+    files: list[Path] = field(default_factory=list)
+    dataset: Any = None
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        for file in self.files:
+            yield from read_rows(file, columns)
+        if self.dataset is not None:
+            check_columns(self.name, self.dataset.column_names, columns)
+            for i, values in enumerate(self.dataset.select_columns(list(columns)), start=1):
+                yield Row(f"{self.name}, row {i}", values)
+
+    def declared_names(self, column: str) -> list[str] | None:
+        found = {tuple(names) for file in self.files if (names := declared_class_names(file, column))}
+        if len(found) > 1:
+            raise ValueError(
+                f"the files of {self.name} declare the classes of {column!r} differently: {sorted(found)}."
+            )
+        if self.dataset is not None:
+            return getattr(self.dataset.features.get(column), "names", None)
+        return list(found.pop()) if found else None
+
+
+def _open(dataset: str | Path, config_name: str | None) -> dict[str, _Source]:
+    files = find_files(dataset, ROW_SUFFIXES)
+    if files is not None:
+        sources: dict[str, _Source] = {}
+        for file in files:
+            split = "train" if len(files) == 1 else split_of(file, Path(dataset))
+            sources.setdefault(split, _Source(f"{dataset}, split {split}")).files.append(file)
+        return sources
+    if file_format(dataset) in ROW_SUFFIXES:
+        raise ValueError(f"no file {dataset}: look at its path.")
     import datasets
 
-    path = Path(dataset)
     try:
-        if path.is_file():
-            if path.suffix.lower() not in LOADERS:
-                raise ValueError(f"{path}: labelled texts are read from {', '.join(LOADERS)}, not {path.suffix!r}.")
-            return datasets.load_dataset(LOADERS[path.suffix.lower()], data_files=str(path))
-        return datasets.load_dataset(str(dataset), config_name)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        splits = datasets.load_dataset(str(dataset), config_name)
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"no file, folder or Hub dataset {dataset} that can be read: {error}") from error
+    return {split: _Source(f"{dataset}, split {split}", dataset=rows) for split, rows in splits.items()}
 
 
-def _column(rows: Any, column: str, source: str) -> list[Any]:
-    if column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}; name one of {rows.column_names}.")
-    values = list(rows[column])
-    if not values:
-        raise ValueError(f"{source} has no rows.")
-    return values
+class _ClassNumbers:
+    """From a value of the label column to the number of its class; None where there is no label.
 
+    There is none where the value is null, NaN or an empty text, or -1 in a column that declares its classes, as the
+    Hub's unlabelled rows have.
+    """
 
-def _class_numbers(
-    values: Sequence[Any], feature: Any, class_names: Sequence[str], label_map: Mapping[str, str]
-) -> list[int | None]:
-    """Numbers of classes; None where there is no label: None, or -1, as IMDb's unlabelled reviews have."""
-    number_of: dict[str, int | None] = {str(number): number for number in range(len(class_names))}
-    number_of |= {name: number for number, name in enumerate(class_names)} | {"None": None, "-1": None}
-    for value, name in label_map.items():
-        if name not in class_names:
-            raise ValueError(
-                f"label_map has {value}={name}, and {name!r} is not among class_names={list(class_names)}."
-            )
-        number_of[value] = class_names.index(name)
-        # a class that the dataset itself has a name for may be mapped by that name
-        if value in (feature.names if hasattr(feature, "names") else ()):
-            number_of[str(feature.names.index(value))] = class_names.index(name)
-    # 1.0 and True are the number 1 to whoever wrote them
-    keys = [str(int(v)) if isinstance(v, bool | float) and v == int(v) else str(v) for v in values]
-    unknown = sorted({key for key in keys if key not in number_of})
-    if unknown:
+    def __init__(self, class_names: Sequence[str], declared: Sequence[str] | None, label_map: Mapping[str, str]):
+        for value, name in label_map.items():
+            if name not in class_names:
+                raise ValueError(
+                    f"label_map has {value}={name}, and {name!r} is not among class_names={list(class_names)}."
+                )
+        self.class_names = list(class_names)
+        self.declared = declared
+        self.label_map = label_map
+        # where a class is called by a number, numbers are names
+        is_numbered = any(_whole_number(name) is not None for name in class_names)
+        # a column whose names are all others is renamed, number by number
+        is_renamed = declared is None or not set(declared) & set(class_names)
+        self.takes_numbers = is_renamed and not is_numbered
+
+    def __call__(self, row: Row, column: str) -> int | None:
+        value = row.values.get(column)
+        if is_missing(value) or value == "":
+            return None
+        number = _whole_number(value)
+        keys = [str(value)]
+        if isinstance(value, bool):
+            keys.append(str(value).lower())
+        if number is not None:
+            keys.append(str(number))
+        if self.declared is not None and isinstance(value, int):
+            if value == -1 and "-1" not in self.label_map:
+                return None
+            if 0 <= value < len(self.declared):
+                keys.insert(0, self.declared[value])
+        for key in keys:
+            if key in self.label_map:
+                return self.class_names.index(self.label_map[key])
+        for key in keys:
+            if key in self.class_names:
+                return self.class_names.index(key)
+        if number is not None and self.takes_numbers and 0 <= number < len(self.class_names):
+            return number
         raise ValueError(
-            f"label {unknown[0]!r} is neither a number below {len(class_names)} nor among class_names="
-            f"{list(class_names)}: list all classes there, or map it, label_map {unknown[0]}={class_names[0]}."
+            f"{row.place}: {column} {short(keys[0])} is neither a number below {len(self.class_names)} nor among "
+            f"class_names={self.class_names}: list all classes there, or map it, label_map "
+            f"{keys[0]}={self.class_names[0]}."
         )
-    return [number_of[key] for key in keys]
+
+
+def _whole_number(value: Any) -> int | None:
+    """The whole number that a label is, or is written as: 1, 1.0, True, "1", "1.0", "true"."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("true", "false"):
+            return int(text == "true")
+        try:
+            value = float(text)
+        except ValueError:
+            return None
+    if isinstance(value, bool | int | float) and value == value and abs(value) < 2**53 and value == int(value):
+        return int(value)
+    return None
 
 
 def _first_of_each(texts: Sequence[str], seen: set[bytes]) -> list[int]:

@@ -240,8 +240,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Name on the Hub, or a file or folder of .txt, .jsonl, .json, .csv, .parquet. Default: the "
-            "embedded tales, for which nothing is downloaded."
+            "help": "Name on the Hub, or a file, folder or glob of .txt, .jsonl, .json, .csv, .tsv, .parquet, each "
+            "also .gz or .zst. Default: the embedded tales, for which nothing is downloaded."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
@@ -249,6 +249,13 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     join_sentences: bool = field(
         default=False, metadata={"help": "The rows are sentences (classic BookCorpus): join them into documents."}
+    )
+    document_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text between the documents of a .txt file, such as '<|endoftext|>', or '\\n\\n' for a blank "
+            "line. Default: a .txt file is one document."
+        },
     )
     max_documents: Annotated[int | None, COUNT] = field(
         default=None, metadata={"help": "Use only the first documents."}

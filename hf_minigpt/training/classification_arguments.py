@@ -15,7 +15,8 @@ class ReviewArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Name on the Hub, or a file or folder of .jsonl, .json, .csv, .parquet. Default: the embedded "
+            "help": "Name on the Hub, or a file, folder or glob of .jsonl, .json, .csv, .tsv, .parquet, each also "
+            ".gz or .zst. Default: the embedded "
             "reviews of tales, for which nothing is downloaded."
         },
     )
@@ -23,8 +24,11 @@ class ReviewArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the label: a number or a name."})
     class_names: list[str] = field(
-        default_factory=lambda: ["negative", "positive"],
-        metadata={"help": "What the classes are called, in the order of their numbers."},
+        default_factory=list,
+        metadata={
+            "help": "What the classes are called, in the order of their numbers. Default: the names that the data "
+            "declares, else negative positive."
+        },
     )
     label_map: list[str] = field(
         default_factory=list,
@@ -76,7 +80,7 @@ class ReviewArguments:
 
     def __post_init__(self):
         check_arguments(self)
-        if len(set(self.class_names)) < max(len(self.class_names), 2):
+        if self.class_names and len(set(self.class_names)) < max(len(self.class_names), 2):
             raise ValueError(f"class_names={self.class_names} must be at least two different names.")
         wrong = [item for item in self.label_map if not all(item.partition("=")[::2])]
         if wrong:
@@ -91,7 +95,7 @@ class ReviewArguments:
             config_name=self.dataset_config,
             text_column=self.text_column,
             label_column=self.label_column,
-            class_names=self.class_names,
+            class_names=self.class_names or None,
             label_map=dict(item.split("=", 1) for item in self.label_map),
             train_split=self.train_split,
             test_split=self.test_split,

@@ -79,7 +79,8 @@ def describe_data(splits: ReviewSplits, train_rows: ReviewRows, test_rows: Revie
     return (
         f"{len(splits.train):,} texts to train on, {len(splits.validation):,} to choose the best epoch, "
         f"{len(splits.test):,} to test; {splits.num_duplicates} duplicates left out, {splits.num_across} of them test "
-        f"texts; {splits.num_without_label} rows without a label left out. {train_rows.lengths.sum():,} tokens an "
+        f"texts; {splits.num_without_label} rows without a label and {splits.num_without_text} without a text left "
+        f"out. {train_rows.lengths.sum():,} tokens an "
         f"epoch; {test_rows.num_truncated / len(test_rows):.1%} of the test texts are longer than "
         f"{test_rows.max_length} tokens: of these, {test_rows.truncation}."
     )

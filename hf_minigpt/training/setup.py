@@ -56,6 +56,7 @@ def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
             split=args.dataset_split,
             text_column=args.text_column,
             join_sentences=args.join_sentences,
+            document_separator=args.document_separator,
         )
     return load_documents(
         args.dataset,
@@ -63,6 +64,7 @@ def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
         split=args.dataset_split,
         text_column=args.text_column,
         join_sentences=args.join_sentences,
+        document_separator=args.document_separator,
         max_documents=args.max_documents,
     )
 

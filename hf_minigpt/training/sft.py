@@ -1,6 +1,7 @@
 """What `recipes/sft.py` is made of: flags, what a base model hands down, the trainer, and answers put to the test."""
 
 import hashlib
+import itertools
 import math
 import warnings
 from collections import defaultdict
@@ -314,7 +315,8 @@ def open_conversations(args: InstructionArguments) -> Conversations:
     """
     if args.dataset is None:
         return Conversations(*tale_conversations(args.max_records))
-    records = load_records(args.dataset, args.dataset_config, args.dataset_split)[: args.max_records]
+    records = load_records(args.dataset, args.dataset_config, args.dataset_split)
+    records = itertools.islice(records, args.max_records)
     separator = "\n\n### Input:\n" if args.chat_format == "alpaca" else "\n\n"
     conversations, counts = to_conversations(records, separator)
     counts.check(args.max_lost)

@@ -14,6 +14,7 @@ four batches, half of what Alpaca took; `--accumulate 1` shows how much it count
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -122,7 +123,7 @@ def main() -> None:
     if args.dataset is None:
         conversations, _, _ = tale_conversations(args.max_records, 9)
     else:
-        conversations, _ = to_conversations(load_records(args.dataset)[: args.max_records])
+        conversations, _ = to_conversations(itertools.islice(load_records(args.dataset), args.max_records))
     texts = [message["content"] for conversation in conversations for message in conversation.messages]
     tokenizer = train_tokenizer(texts, args.vocab_size, model_max_length=1024, show_progress=False)
     add_chat_template(tokenizer)

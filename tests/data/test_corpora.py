@@ -53,7 +53,7 @@ def test_missing_column_names_file_and_columns(name, tmp_path):
 
 def test_column_of_numbers_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"a\.jsonl: column 'n' holds int, not text: 1"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: column 'n' holds int, not text: 1"):
         list(load_documents(tmp_path, text_column="n"))
 
 

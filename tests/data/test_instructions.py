@@ -365,16 +365,16 @@ def test_all_files_give_the_same_records(tmp_path):
     expected, _ = to_conversations(records)
     for suffix in ("json", "jsonl", "csv", "parquet"):
         assert to_conversations(load_records(str(tmp_path / f"a.{suffix}")))[0] == expected, suffix
-    assert len(load_records(str(tmp_path))) == 20
+    assert len(list(load_records(str(tmp_path)))) == 20
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "map.json").write_text("{}")
     for name, message in (
-        ("bad.json", "bad.json cannot be read"),
-        ("map.json", "must hold a list"),
+        ("bad.json", "bad.json, line 1, cannot be read"),
+        ("map.json", r"map.json, line 1: a record has the fields \[\]"),
         ("no.json", "no file"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_records(str(tmp_path / name))
+            to_conversations(load_records(str(tmp_path / name)))
 
 
 def test_no_prompt_is_on_both_sides():

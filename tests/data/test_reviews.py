@@ -49,7 +49,7 @@ def test_split_of_one_file(tmp_path):
     splits = load_reviews(path, validation_fraction=0.25, test_fraction=0.2)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [37, 12, 12]
-    assert (splits.num_duplicates, splits.num_across) == (2, 0)
+    assert (splits.num_duplicates, splits.num_across, splits.num_without_text) == (1, 0, 1)
     keys = [text_key(text) for part in parts for text in part.texts]
     assert len(set(keys)) == len(keys) == 61
     # labels stay with their texts, and every part has each class in its share
@@ -91,7 +91,7 @@ def test_given_test_split_keeps_its_texts_and_nobody_else_has_them(monkeypatch):
     assert sorted(splits.train.texts + splits.validation.texts) == sorted(TEXTS[:38])
     assert splits.unlabelled == ["a new one"]
     assert (splits.num_across, splits.num_duplicates) == (3, 5)
-    assert splits.class_names == ["negative", "positive"]
+    assert splits.class_names == ["neg", "pos"]
     held_out = set(map(text_key, splits.test.texts + splits.validation.texts))
     assert not held_out & set(map(text_key, splits.pretraining_texts))
     with pytest.raises(ValueError, match="test_fraction"):
@@ -126,10 +126,16 @@ def test_labels_are_numbers_or_names_or_mapped(tmp_path, values, options):
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
-    path = write(tmp_path / "a.parquet", labels=[-1, -1, *LABELS[2:]])
-    splits = load_reviews(path)
-    assert splits.num_without_label == 2
-    assert len(splits.train) + len(splits.validation) + len(splits.test) == 58
+    for labels in ([-1, -1, *LABELS[2:]], [None, None, *LABELS[2:]]):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+        Dataset.from_dict({"text": TEXTS, "label": labels}, features).to_parquet(tmp_path / "a.parquet")
+        splits = load_reviews(tmp_path / "a.parquet")
+        assert splits.num_without_label == 2 and splits.class_names == ["bad", "good"]
+        assert len(splits.train) + len(splits.validation) + len(splits.test) == 58
+    # without a declaration it is a number like others
+    path = write(tmp_path / "b.parquet", labels=[-1, -1, *LABELS[2:]])
+    with pytest.raises(ValueError, match=r"b\.parquet, row 1: label '-1' is neither .* label_map -1=negative"):
+        load_reviews(path)
 
 
 def test_mistakes_are_named(tmp_path):

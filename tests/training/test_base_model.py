@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPT
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.tokenization import END_OF_TEXT, PAD
-from hf_minigpt.training.base_model import load_base_model
+from hf_minigpt.training.base_model import check_base_exists, load_base_model
 from tiny import shake, tiny_model
 
 
@@ -72,3 +72,16 @@ def test_another_tokenizer_is_refused(tmp_path):
     save_words(tmp_path, bos_token="w1", eos_token="w1", pad_token="w2")
     with pytest.raises(ValueError, match="the tokenizer has 60 tokens, the model was made for 50"):
         load_base_model(MiniGPTForCausalLM, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "message"),
+    [
+        ("no/model", None, "model='no/model' is neither a model's folder nor one on the Hub"),
+        (None, "no/tokenizer", "tokenizer='no/tokenizer' is neither a folder with one nor on the Hub"),
+    ],
+)
+def test_a_base_that_does_not_exist_is_named(model, tokenizer, message):
+    check_base_exists(None)
+    with pytest.raises(ValueError, match=message):
+        check_base_exists(model, tokenizer)
