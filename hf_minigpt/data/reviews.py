@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,6 +340,8 @@ def _first_of_each(texts: Sequence[str], seen: set[bytes]) -> list[int]:
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the rest and of the held-out texts, both shuffled: `fraction` of each class, at least one.
 
+    Warns if the share of all texts comes out more than a third off, as with many classes of a few texts each.
+
     Raises:
         ValueError: a class of one text.
     """
@@ -352,6 +355,15 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
         num_held_out = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out.append(members[:num_held_out])
         rest.append(members[num_held_out:])
+    num, wanted = sum(map(len, held_out)), fraction * len(array)
+    # one text more or less is no news where there are few
+    if abs(num - wanted) > max(wanted / 3, 1):
+        warnings.warn(
+            f"a held-out share of {fraction:g} asks for {wanted:,.0f} of {len(array):,} texts, and {num:,} "
+            f"({num / len(array):.1%}) are held out, since each of the {len(rest)} classes has one at least in either "
+            "part. Give more texts of each class, or another share.",
+            stacklevel=2,
+        )
     return generator.permutation(np.concatenate(rest)), generator.permutation(np.concatenate(held_out))
 
 

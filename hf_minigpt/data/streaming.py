@@ -30,7 +30,7 @@ from ..atomic import made_at_once
 from ..tokenization import num_ids, tokenizer_fingerprint
 from .corpora import Documents, ShardedDocuments
 from .rows import Row, RowBatch
-from .token_store import TokenStore, TokenStoreWriter, tokenize
+from .token_store import TokenStore, TokenStoreWriter, tokenize, warn_of_share
 
 
 # Chunks of rows, of about 60,000 tokens each, that are made before they are asked for.
@@ -343,14 +343,18 @@ def sample_documents(
     """Of the first documents, in a seeded order of the shards, those that are held out, or the others."""
 
     def read() -> Iterator[str]:
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(documents.num_shards).tolist()
-        texts = (text for shard in order for text, _ in documents.read(shard) if text.strip())
-        for text in itertools.islice(texts, number):
+        for text in _first_documents(documents, number, seed):
             if is_held_out(text, validation_fraction, seed) == held_out:
                 yield text
 
     fingerprint = _digest(documents.fingerprint, number, held_out, validation_fraction, seed)
     return Documents(documents.name, fingerprint, read)
+
+
+def _first_documents(documents: ShardedDocuments, number: int, seed: int) -> Iterator[str]:
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(documents.num_shards).tolist()
+    texts = (text for shard in order for text, _ in documents.read(shard) if text.strip())
+    return itertools.islice(texts, number)
 
 
 def prepare_stream(
@@ -363,6 +367,8 @@ def prepare_stream(
     seed: int = 0,
 ) -> StreamedCorpus:
     """Tokenize the held-out documents among the first `num_sampled`; later calls find them in `cache_dir`.
+
+    Warns if they are not about that share of the text: documents of a stream are held out whole.
 
     Raises:
         ValueError: none of them is held out.
@@ -384,8 +390,14 @@ def prepare_stream(
                     f"none of the first {num_sampled} documents of {documents.name} is held out at "
                     f"validation_fraction={validation_fraction}; raise --streaming_sample or --validation_fraction"
                 )
-            writer.close()
-    return StreamedCorpus(documents, TokenStore.open(folder / "validation"), num_sampled)
+            sampled = _first_documents(documents, num_sampled, seed)
+            writer.close(sampled_bytes=sum(len(text.encode()) for text in sampled))
+    validation = TokenStore.open(folder / "validation")
+    # stores of earlier versions do not say it
+    if sampled_bytes := validation.manifest.get("sampled_bytes"):
+        source = f"the first {num_sampled} documents of {documents.name}"
+        warn_of_share(source, validation_fraction, sampled_bytes - validation.num_bytes, validation.num_bytes)
+    return StreamedCorpus(documents, validation, num_sampled)
 
 
 def _digest(*content: Any) -> str:

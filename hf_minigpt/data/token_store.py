@@ -244,7 +244,7 @@ def prepare_corpus(
             _write_corpus(documents, tokenizer, work, details, num_workers or os.cpu_count() or 1)
     manifest = _read_manifest(folder)
     train, validation = TokenStore.open(folder / "train"), TokenStore.open(folder / "validation")
-    warn_of_share(documents.name, validation_fraction, train.num_bytes, validation.num_bytes)
+    warn_of_share(f"corpus {documents.name}", validation_fraction, train.num_bytes, validation.num_bytes)
     return PreparedCorpus(
         train=train,
         validation=validation,
@@ -254,13 +254,13 @@ def prepare_corpus(
     )
 
 
-def warn_of_share(name: str, fraction: float, num_train: int, num_held_out: int) -> None:
+def warn_of_share(source: str, fraction: float, num_train: int, num_held_out: int) -> None:
     """Warn if the share of the text that is held out is more than a third off; sizes in bytes."""
     total = num_train + num_held_out
     if not _is_about(num_held_out, fraction * total, total):
         warnings.warn(
-            f"validation_fraction={fraction:g} asks for {fraction * total:,.0f} of the {total:,} bytes of corpus "
-            f"{name}, and {num_held_out:,} ({num_held_out / total:.1%}) are held out: its documents are too few and "
+            f"validation_fraction={fraction:g} asks for {fraction * total:,.0f} of the {total:,} bytes of "
+            f"{source}, and {num_held_out:,} ({num_held_out / total:.1%}) are held out: its documents are too few and "
             "cannot be split. Give more text, or another validation_fraction.",
             stacklevel=3,
         )

@@ -1,5 +1,7 @@
 """Labelled texts from files to rows."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -153,6 +155,27 @@ def test_mistakes_are_named(tmp_path):
         load_reviews(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="one text only"):
         stratified_split([0, 0, 1], 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "message"),
+    [
+        ([50, 50], 0.1, None),
+        ([2, 98], 0.1, None),
+        ([5, 5], 0.1, None),
+        ([2] * 77, 0.1, r"share of 0\.1 asks for 15 of 154 texts, and 77 \(50\.0%\).*each of the 77 classes"),
+        ([2] * 77, 0.9, r"share of 0\.9 asks for 139 of 154 texts, and 77 \(50\.0%\)"),
+        ([5] * 10 + [60], 0.02, r"asks for 2 of 110 texts, and 11 \(10\.0%\)"),
+    ],
+)
+def test_a_held_out_share_that_comes_out_otherwise_is_said(sizes, fraction, message, recwarn):
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    rest, held_out = stratified_split(labels, fraction, 0)
+    assert sorted([*rest, *held_out]) == list(range(len(labels)))
+    assert {labels[i] for i in rest} == {labels[i] for i in held_out} == set(labels)
+    messages = [str(warning.message) for warning in recwarn.list]
+    assert len(messages) == (message is not None)
+    assert message is None or re.search(message, messages[0])
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

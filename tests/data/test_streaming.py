@@ -177,6 +177,27 @@ def test_held_out_documents_are_those_of_the_sample(corpus, tokenizer, tmp_path)
         prepare_stream(documents, tokenizer, tmp_path, num_sampled=5, validation_fraction=1e-9)
 
 
+def test_a_stream_says_so_if_another_share_is_held_out(tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for name, num_words in (("book", 4000), *((f"note {number}", 20) for number in range(9))):
+        (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name}: " + "word " * num_words)
+    documents = stream_documents(tmp_path / "corpus")
+    options = {"num_sampled": 10, "validation_fraction": 0.2}
+
+    def has_book(seed):
+        sample = sample_documents(documents, 10, held_out=True, validation_fraction=0.2, seed=seed)
+        return any(text.startswith("book") for text in sample)
+
+    def has_note(seed):
+        return any(sample_documents(documents, 10, held_out=True, validation_fraction=0.2, seed=seed))
+
+    for seed in (next(filter(has_book, range(99))), next(s for s in range(99) if has_note(s) and not has_book(s))):
+        # made, then found
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=r"validation_fraction=0\.2 asks for .* the first 10 documents of "):
+                prepare_stream(documents, tokenizer, tmp_path, seed=seed, **options)
+
+
 def test_mistakes(corpus, tokenizer, tmp_path):
     rows = rows_of(corpus, tokenizer)
     with pytest.raises(ValueError, match="in their order only"):

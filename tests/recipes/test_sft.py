@@ -185,3 +185,19 @@ def test_config(path, base, records, folder):
     small += ["--gradient_accumulation_steps", "1", "--eval_answers", "4"]
     metrics = sft.main(["--config", str(path), *flags(base, records, folder / path.stem, *small)])
     assert metrics["eval_loss"] > 0
+
+
+def test_the_embedded_base_in_the_cache_can_be_read_by_others(tmp_path, monkeypatch):
+    folder = sft.embedded_base_folder(str(tmp_path))
+
+    def pretrain_as_safetensors_writes(flags):
+        assert flags[flags.index("--output_dir") + 1] == str(folder)
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch(mode=0o600)
+        (folder / "all_results.json").write_text("{}")
+
+    monkeypatch.setattr(sft.pretrain, "main", pretrain_as_safetensors_writes)
+    new = tmp_path / "new"
+    new.touch()
+    assert sft.embedded_base(sft.InstructionArguments(cache_dir=str(tmp_path)), sft.SFTArguments()) == str(folder)
+    assert (folder / "model.safetensors").stat().st_mode == new.stat().st_mode
