@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..tokenization import END_OF_TEXT, PIECE_LENGTH, Text
+from ..tokenization import PIECE_LENGTH, Text
 from .files import (
     ROWS_PER_BATCH,
     SUFFIXES,
@@ -34,8 +34,9 @@ TALES_SEED = 0
 # sentences of BookCorpus still make tens of thousands of documents to hold some out from.
 JOINED_DOCUMENT_LENGTH = 100_000
 
-# Of each text file so much is searched for END_OF_TEXT before a run.
+# Of each text file so much is searched before a run for lines that are a marker between documents.
 SEARCHED_BYTES = 1 << 20
+MARKER = re.compile(rb"^[ \t]*(<\|\w+\|>|</?s>|\[(?:SEP|EOS)\])[ \t]*\r?$", re.MULTILINE)
 
 
 class Documents:
@@ -278,7 +279,7 @@ def _read_file(
     if by_line:
         texts = _text_lines(path)
     elif document_separator is not None:
-        texts = _separated(_text_in_pieces(path), document_separator)
+        texts = _separated(path, document_separator)
     else:
         texts = iter((_text_in_pieces(path),))
     yield from itertools.islice(texts, start, None)
@@ -293,12 +294,15 @@ def _text_lines(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _separated(pieces: Iterable[str], separator: str) -> Iterator[str]:
+def _separated(path: Path, separator: str) -> Iterator[str]:
     """The texts between separators, without the line breaks around them."""
-    rest = ""
-    for piece in pieces:
+    rest, is_found = "", False
+    for piece in _text_in_pieces(path):
         *texts, rest = (rest + piece).split(separator)
+        is_found = is_found or bool(texts)
         yield from (text.strip("\n") for text in texts)
+    if not is_found:
+        warnings.warn(f"{path} does not hold document_separator={separator!r}: it is one document.", stacklevel=2)
     yield rest.strip("\n")
 
 
@@ -331,29 +335,26 @@ def _text_in_pieces(path: Path) -> Iterator[str]:
 
 
 def _check_separator(files: list[Path], document_separator: str | None, join_sentences: bool) -> str | None:
-    """The separator with its escapes resolved. Warns of text files that are full of end-of-text markers.
+    """The separator with its escapes resolved; None for none.
 
     Raises:
-        ValueError: an empty separator, or one that nothing uses.
+        ValueError: a separator that nothing uses, or text files with several lines that are a marker, such as
+            END_OF_TEXT, and no separator.
     """
     texts = [file for file in files if file_format(file) == ".txt"]
+    if document_separator and (join_sentences or not texts):
+        why = "join_sentences makes the documents" if join_sentences else "there is no .txt file among the data"
+        raise ValueError(f"document_separator={document_separator!r} has no use: {why}. Leave it out.")
     if document_separator is not None:
-        if document_separator == "":
-            raise ValueError(
-                "document_separator='' is empty: name the text between documents, \\\\n\\\\n for a blank line."
-            )
-        if join_sentences or not texts:
-            why = "join_sentences makes the documents" if join_sentences else "there is no .txt file among the data"
-            raise ValueError(f"document_separator={document_separator!r} has no use: {why}. Leave it out.")
-        return document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        return document_separator.replace("\\n", "\n").replace("\\t", "\t") or None
     for file in texts:
         with read_errors(file), open_bytes(file) as content:
-            count = content.read(SEARCHED_BYTES).count(END_OF_TEXT.encode())
-        if count > 1 and not join_sentences:
-            warnings.warn(
-                f"{file} has {END_OF_TEXT} {count:,} times in its first MB, and would be learned as one document with "
-                f"the marker as text. To split it there: --document_separator '{END_OF_TEXT}'.",
-                stacklevel=3,
+            found = MARKER.findall(content.read(SEARCHED_BYTES))
+        if len(found) > 1:
+            marker = max(found, key=found.count).decode()
+            raise ValueError(
+                f"{file} has {len(found):,} lines in its first MB that are a marker such as {marker}. To split the "
+                f"text there: --document_separator '{marker}'. To learn them as text: --document_separator ''."
             )
     return None
 

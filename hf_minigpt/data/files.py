@@ -113,8 +113,8 @@ def _files_below(folder: Path, suffixes: Sequence[str], above: tuple[Path, ...] 
             yield entry
 
 
-def split_of(path: Path, root: Path) -> str:
-    """The split that a file belongs to, by a word in its name or in a folder's below `root`; else "train"."""
+def split_of(path: Path, root: Path) -> str | None:
+    """The split that a file belongs to, by a word in its name or in a folder's below `root`; None without one."""
     for part in reversed(path.relative_to(root).parts if path.is_relative_to(root) else (path.name,)):
         if match := _HUB_FILE.match(part):
             return match["split"]
@@ -122,7 +122,7 @@ def split_of(path: Path, root: Path) -> str:
         for split, names in _SPLITS.items():
             if any(name in words for name in names):
                 return split
-    return "train"
+    return None
 
 
 # Bytes
@@ -145,7 +145,9 @@ def check_start(path: Path, start: bytes) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16 text, which reads as binary: convert it (iconv -f UTF-16 -t UTF-8).")
     if b"\0" in start:
-        raise ValueError(f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Convert it.")
+        raise ValueError(
+            f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Unpack it, or convert it (iconv -f UTF-16LE -t UTF-8)."
+        )
 
 
 class read_errors:
@@ -302,16 +304,26 @@ def _line_values(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             place = f"{path}, line {number}"
             try:
-                yield place, json.loads(line)
+                yield place, _parse(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{place}, cannot be read: {error}. Each line must hold one object, or the file an array of them."
                 ) from error
 
 
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # Python refuses to convert a number of more than 4,300 digits, though perhaps nobody asks for it
+        return json.loads(text, parse_int=str)
+
+
 def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON array, with a part of the file in memory that holds the current one."""
-    decoder = json.JSONDecoder()
+    decoder, long_numbers = json.JSONDecoder(), json.JSONDecoder(parse_int=str)
     text, at = "", 0
     lines = _lines(path)
     is_whole = False
@@ -339,7 +351,7 @@ def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
                 return text[at : at + 1]
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"{path}, element {number} of its array, cannot be read: {what}")
+        return ValueError(f"{path}, row {number}, cannot be read: {what}")
 
     number = 0
     next_character()
@@ -350,6 +362,9 @@ def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 value, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
+                if not isinstance(error, (json.JSONDecodeError, RecursionError)):
+                    decoder = long_numbers
+                    continue
                 if not is_whole and more():
                     continue
                 raise refuse(str(error)) from error

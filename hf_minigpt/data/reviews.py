@@ -244,8 +244,15 @@ def _open(dataset: str | Path, config_name: str | None) -> dict[str, _Source]:
     files = find_files(dataset, ROW_SUFFIXES)
     if files is not None:
         sources: dict[str, _Source] = {}
-        for file in files:
-            split = "train" if len(files) == 1 else split_of(file, Path(dataset))
+        splits = {file: "train" if len(files) == 1 else split_of(file, Path(dataset)) for file in files}
+        unknown = next((file for file, split in splits.items() if split is None), None)
+        if unknown is not None and any(splits.values()):
+            raise ValueError(
+                f"{unknown}: its name tells no split, and others of {dataset} do: put train or test into "
+                "it, or take it away."
+            )
+        for file, split in splits.items():
+            split = split or "train"
             sources.setdefault(split, _Source(f"{dataset}, split {split}")).files.append(file)
         return sources
     if file_format(dataset) in ROW_SUFFIXES:
@@ -277,8 +284,9 @@ class _ClassNumbers:
         self.label_map = label_map
         # where a class is called by a number, numbers are names
         is_numbered = any(_whole_number(name) is not None for name in class_names)
-        # a column whose names are all others is renamed, number by number
-        is_renamed = declared is None or not set(declared) & set(class_names)
+        # names that are all others are given anew, number by number
+        self.declared_classes = _same_classes(declared or (), class_names)
+        is_renamed = all(number is None for number in self.declared_classes)
         self.takes_numbers = is_renamed and not is_numbered
 
     def __call__(self, row: Row, column: str) -> int | None:
@@ -299,6 +307,10 @@ class _ClassNumbers:
         for key in keys:
             if key in self.label_map:
                 return self.class_names.index(self.label_map[key])
+        if self.declared is not None and isinstance(value, int) and 0 <= value < len(self.declared):
+            known = self.declared_classes[value]
+            if known is not None:
+                return known
         for key in keys:
             if key in self.class_names:
                 return self.class_names.index(key)
@@ -309,6 +321,17 @@ class _ClassNumbers:
             f"class_names={self.class_names}: list all classes there, or map it, label_map "
             f"{keys[0]}={self.class_names[0]}."
         )
+
+
+def _same_classes(declared: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
+    """The class that each declared name means: the one of that name, or where all are short forms (neg, pos), the one
+    that begins with it; None where there is none."""
+    lower = [name.casefold() for name in class_names]
+    begins = [[i for i, name in enumerate(lower) if name.startswith(short.casefold())] for short in declared]
+    found = [numbers[0] for numbers in begins if len(numbers) == 1]
+    if len(set(found)) == len(declared):
+        return list(found)
+    return [class_names.index(name) if name in class_names else None for name in declared]
 
 
 def _whole_number(value: Any) -> int | None:

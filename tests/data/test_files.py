@@ -70,6 +70,8 @@ GOOD = [
     ("a.parquet.gz", gzip.compress(parquet(ROWS))),
     # a column that nobody asks for may appear late, change its type, or be anything
     ("late.jsonl", lines(*[row | {"x": x} for row, x in zip(ROWS, [None, 1, "b", [1], {"y": 2}, True], strict=True)])),
+    ("long.jsonl", lines(*ROWS).replace(b'"n": 3', b'"n": ' + b"9" * 5000)),
+    ("long.json", array(*ROWS).replace(b'"n": 3', b'"n": ' + b"9" * 5000)),
     ("more.jsonl", lines(*ROWS[:-1], ROWS[-1] | {"new": {"deep": [1, "a"]}})),
 ]  # fmt: skip
 
@@ -97,6 +99,8 @@ def review_rows(values, labels) -> list[dict]:
 
 
 HAM = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
+SHORT = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+LETTERS = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
 REVERSED = Features({"text": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
 
 
@@ -122,6 +126,8 @@ LABELS = [
     ("declared.parquet", (REVERSED, review_rows("ab", [0, 1])), {}, ["positive", "negative"]),
     ("declared.parquet", (REVERSED, review_rows("ab", [0, 1])), {"class_names": ["negative", "positive"]}, ["positive", "negative"]),
     ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {"class_names": ["bad", "good"]}, ["bad", "good"]),
+    ("declared.parquet", (LETTERS, review_rows("ab", [0, 1])), {"class_names": ["bad", "good"]}, ["bad", "good"]),
+    ("declared.parquet", (SHORT, review_rows("ab", [0, 1])), {"class_names": ["negative", "positive"]}, ["positive", "negative"]),
     ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {"class_names": ["x", "y"], "label_map": {"spam": "y", "ham": "x"}}, ["y", "x"]),
     ("declared.parquet", (HAM, [*review_rows("ab", [0, 1]), {"text": "no label", "label": -1}]), {}, ["spam", "ham"]),
 ]  # fmt: skip
@@ -161,9 +167,9 @@ BAD = [
     ("header.csv", b"text,label,prompt,completion\n", "is empty", "prs"),
     ("none.json", b"[]", "is empty", "prs"),
     ("cut.jsonl", lines(*[GOOD_ROW] * 6) + b'{"text": "a', r"line 7, cannot be read", "prs"),
-    ("cut.json", array(*[GOOD_ROW] * 6)[:-9], r"element 6 of its array", "prs"),
+    ("cut.json", array(*[GOOD_ROW] * 6)[:-9], r"row 6, cannot be read", "prs"),
     ("two.json", array(GOOD_ROW) + b" 1", r"something follows its array", "prs"),
-    ("comma.json", array(GOOD_ROW, GOOD_ROW).replace(b"}, {", b"} {"), r"element 1 .*a comma", "prs"),
+    ("comma.json", array(GOOD_ROW, GOOD_ROW).replace(b"}, {", b"} {"), r"row 1, .*a comma", "prs"),
     ("list.jsonl", b'["text"]\n["a"]\n', r"row 1 is 'text' and must be an object", "prs"),
     ("strings.jsonl", lines(GOOD_ROW) + b'"text"\n', r"line 2 is 'text' and must be an object", "prs"),
     ("cut.jsonl.gz", gzip.compress(lines(*[GOOD_ROW] * 999))[:-20], r"cannot be read", "prs"),
@@ -230,6 +236,10 @@ def test_splits_by_the_names_of_files(tmp_path):
     splits = load_reviews(folder, unlabelled_split="unsupervised")
     assert {text[0] for text in splits.train.texts} == {"a", "b"} and {text[0] for text in splits.test.texts} == {"c"}
     assert splits.unlabelled == ["more"]
+    (folder / "more.jsonl").write_bytes(lines(GOOD_ROW))
+    with pytest.raises(ValueError, match=r"more\.jsonl: its name tells no split"):
+        load_reviews(folder)
+    (folder / "more.jsonl").unlink()
     splits = load_reviews(str(folder / "t*.jsonl"))
     assert len(splits.test) == 20
     with pytest.raises(ValueError, match=r"no split 'dev'; name one of \['test', 'train', 'unsupervised'\]"):
@@ -257,13 +267,26 @@ def test_a_separator_makes_documents_of_a_text_file(size, tmp_path, monkeypatch)
     assert list(load_documents(tmp_path, document_separator="\\n\\n")) == ["a\nb", "c", "d"]
 
 
-def test_a_corpus_full_of_markers_is_said(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
-    with pytest.warns(UserWarning, match=r"a\.txt has <\|endoftext\|> 2 times.*--document_separator"):
-        load_documents(tmp_path)
-    for source, options in ((tmp_path, {"document_separator": ""}), (None, {"document_separator": "x"})):
-        with pytest.raises(ValueError, match="document_separator"):
-            load_documents(source, **options)
+@pytest.mark.parametrize("marker", ["<|endoftext|>", "</s>", "<|end_of_story|>", "[SEP]"])
+def test_a_text_full_of_markers_is_refused_with_the_flag(tmp_path, marker):
+    path = tmp_path / "a.txt"
+    path.write_text(f"one\r\n{marker}\r\ntwo\r\n{marker}\r\n", newline="")
+    for load in (load_documents, stream_documents):
+        with pytest.raises(ValueError, match=rf"a\.txt has 2 lines .*--document_separator '{re.escape(marker)}'"):
+            load(tmp_path)
+    assert list(load_documents(path, document_separator=marker)) == ["one", "two"]
+    assert list(load_documents(path, document_separator="")) == [f"one\n{marker}\ntwo\n{marker}\n"]
+    path.write_text(f"It ends with\n{marker}\n")
+    assert len(list(load_documents(path))) == 1
+
+
+def test_a_separator_without_use_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("one text")
+    with pytest.warns(UserWarning, match=r"a\.txt does not hold document_separator='---'"):
+        assert list(load_documents(tmp_path, document_separator="---")) == ["one text"]
+    for source, options in ((tmp_path, {"join_sentences": True}), (None, {})):
+        with pytest.raises(ValueError, match="document_separator='---' has no use"):
+            load_documents(source, document_separator="---", **options)
 
 
 def test_a_large_file_is_never_all_in_memory(tmp_path, monkeypatch):
