@@ -146,8 +146,8 @@ def check_start(path: Path, start: bytes) -> None:
         raise ValueError(f"{path} is UTF-16 text, which reads as binary: convert it (iconv -f UTF-16 -t UTF-8).")
     if b"\0" in start:
         raise ValueError(
-            f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Unpack it, or convert it (iconv "
-            "-f UTF-16LE -t UTF-8)."
+            f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Unpack it, or convert it "
+            "(iconv -f UTF-16LE -t UTF-8)."
         )
 
 
