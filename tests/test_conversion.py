@@ -610,7 +610,7 @@ def test_recipe_classifier_without_a_tokenizer_and_with_a_wrong_one(tmp_path, re
     torch.testing.assert_close(answer(model), answer(source), atol=1e-5, rtol=0)
 
     word_tokenizer(size=80).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="80 tokens"):
+    with pytest.raises(ValueError, match="80 ids"):
         recipe(tmp_path / "gpt2", "--tokenizer", tmp_path / "tokenizer", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
