@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if review_args.pipeline_examples > 0:
             with optional("the evaluation through the pipeline"):
                 first = splits.test.select(range(min(review_args.pipeline_examples, len(splits.test))))
-                more |= evaluate_pipeline(trainer.model, trainer.processing_class, first)
+                logits = trainer.test_logits[: len(first)]
+                more |= evaluate_pipeline(trainer.model, trainer.processing_class, first, logits)
         save_results(more)
         shown = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
         shown |= {"examples_per_second": metrics["train_examples_per_second"]}

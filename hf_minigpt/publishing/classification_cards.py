@@ -25,6 +25,7 @@ CLASSIFICATION_METRICS = {
     "calibration_error": ("Expected calibration error (15 bins)", ".4f"),
     "loss": ("Loss (nats)", ".4f"),
     "pipeline_accuracy": ("Accuracy through the stock pipeline, on the first test texts", ".2%"),
+    "same_texts_accuracy": ("Accuracy in the recipe, on the same texts", ".2%"),
     "baseline_accuracy": ("TF-IDF of words and pairs with logistic regression", ".2%"),
     "only_network_right": ("Texts that only the network has right", ",.0f"),
     "only_baseline_right": ("Texts that only the baseline has right", ",.0f"),

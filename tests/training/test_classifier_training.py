@@ -319,8 +319,8 @@ def test_evaluators_accuracy_is_ours(tokenizer):
     rows = ReviewRows(data.texts, data.labels, tokenizer, LENGTH)
     logits = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
     accuracy = (logits.argmax(-1).numpy() == data.labels).mean()
-    result = evaluate_pipeline(model, tokenizer, data)
-    assert result["pipeline_accuracy"] == accuracy
+    result = evaluate_pipeline(model, tokenizer, data, logits)
+    assert result["pipeline_accuracy"] == result["same_texts_accuracy"] == accuracy
     assert result["pipeline_accuracy_low"] <= accuracy <= result["pipeline_accuracy_high"]
 
 
