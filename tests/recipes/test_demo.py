@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -154,6 +155,7 @@ def test_space_runs_without_this_package(folders, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs Chromium and its driver")
 def test_in_a_browser(loaded):
     from selenium import webdriver
     from selenium.webdriver.common.by import By
