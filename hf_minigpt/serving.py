@@ -22,6 +22,7 @@ adapter's folder is served as its base model with the adapter merged.
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,9 +62,11 @@ class ModelManager(model_manager.ModelManager):
 
 @contextlib.contextmanager
 def _merged(model_id_and_revision: str, trust_remote_code: bool) -> Iterator[str]:
-    name, _, revision = model_id_and_revision.rpartition("@")
+    # since transformers 5.24 a local path has no revision, and an "@" in it is part of the path
+    is_path = os.path.exists(model_id_and_revision) or "@" not in model_id_and_revision
+    name, at, revision = (model_id_and_revision, "", "") if is_path else model_id_and_revision.rpartition("@")
     with adapters.merged(name, trust_remote_code=trust_remote_code) as folder:
-        yield f"{folder}@{revision}"
+        yield f"{folder}{at}{revision}"
 
 
 ROLES = ("system", "user", "assistant", "tool")
