@@ -202,7 +202,7 @@ def test_what_cannot_be_served_is_said_at_the_start(tmp_path):
         tmp_path
     )
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match="is a MiniGPTForSequenceClassification, which writes no text"):
+    with pytest.raises(AssertionError, match="MiniGPTForSequenceClassification, which writes no text"):
         start(str(tmp_path))
 
 

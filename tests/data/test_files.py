@@ -5,9 +5,13 @@ import gzip
 import json
 import re
 
+import finetune_imdb
+import pretrain
+import pretrain_loop
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sft
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_minigpt.data import files
@@ -210,6 +214,25 @@ def test_every_job_refuses_it(name, content, message, jobs, tmp_path):
             doors[job]()
         text = str(error.value)
         assert str(path) in text and re.search(message, text.replace(str(path), name), re.DOTALL), (job, text)
+
+
+@pytest.mark.parametrize(("name", "content", "message", "jobs"), BAD, ids=[row[0] for row in BAD])
+def test_the_recipes_refuse_it_before_a_model_is_made(name, content, message, jobs, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(content)
+    flags = ["--dataset", str(path), "--output_dir", str(tmp_path / "out")]
+    cache = ["--cache_dir", str(tmp_path / "cache")]
+    recipes = {
+        "p": [(pretrain, "build_model", cache), (pretrain_loop, "build_model", cache)],
+        "r": [(finetune_imdb, "build_classifier", [])],
+        "s": [(sft, "embedded_base", cache)],
+    }
+    for job in jobs:
+        for recipe, makes_a_model, more in recipes[job]:
+            monkeypatch.setattr(recipe, makes_a_model, None)
+            with pytest.raises(ValueError) as error:
+                recipe.main([*flags, *more])
+            assert str(path) in str(error.value), recipe
 
 
 def test_null_and_empty_texts_are_left_out_and_counted(tmp_path):
