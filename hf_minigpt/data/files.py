@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 SUFFIXES = (".txt", *ROW_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst")
 

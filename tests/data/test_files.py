@@ -52,6 +52,7 @@ GOOD = [
     ("lines.json", lines(*ROWS)),
     ("array.json", array(*ROWS)),
     ("array.jsonl", array(*ROWS)),
+    ("lines.ndjson", lines(*ROWS)),
     ("pretty.json", array(*ROWS, indent=2)),
     ("packed.json", array(*ROWS, separators=(",", ":"))),
     ("mark.jsonl", b"\xef\xbb\xbf" + lines(*ROWS)),
