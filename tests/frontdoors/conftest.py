@@ -16,7 +16,7 @@ QUIET = ["--eval_strategy", "no", "--save_strategy", "no"]
 # The default run with fewer steps: about a minute on two cores.
 COMMAND = ["recipes/pretrain.py", "--max_steps", "600", *QUIET]
 # A model that GPT-2's own classes and llama.cpp can hold, in a quarter of a minute.
-GPT2_COMMAND = ["recipes/pretrain.py", "--preset", "gpt2", "--max_steps", "150", "--context_length", "256", *QUIET]
+GPT2_COMMAND = ["recipes/pretrain.py", "--preset", "gpt2", "--max_steps", "80", "--context_length", "256", *QUIET]
 GPT2_COMMAND += ["--config_overrides", "hidden_size=128", "num_hidden_layers=2", "num_attention_heads=4"]
 
 
