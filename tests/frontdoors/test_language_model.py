@@ -184,8 +184,8 @@ def test_the_page_writes_tales(trained_folder):
     check_tales([list(loaded.write(prompt, NUM_NEW, **sampling))[-1] for prompt in PROMPTS[:12]])
 
 
-def test_the_readme_writes_a_tale(trained_folder, tmp_path, monkeypatch, capsys):
-    (snippet,) = [snippet for snippet in SNIPPETS if "text-generation" in snippet]
+@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "print(" in snippet])
+def test_the_readme_writes_a_tale(snippet, trained_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "pretrain").symlink_to(trained_folder)
     monkeypatch.chdir(tmp_path)
