@@ -33,8 +33,8 @@ from test_registration import WITHOUT_THE_PACKAGE
 HELD_OUT = list(tales.tales(64, seed=2027))
 PROMPTS = [" ".join(text.split()[:4]) for text in HELD_OUT[:32]]
 NUM_NEW = 60
-# The session's model is trained for a minute: it parses 98 % of its sentences and more, and tells the truth in most.
-PARSED, TRUE = 0.95, 0.7
+# The session's model is trained for a minute: 98 % of its sentences parse, of a model that has lost its way 73 %.
+PARSED, TRUE = 0.9, 0.7
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,10 @@ def test_the_readme_writes_a_tale(snippet, trained_folder, tmp_path, monkeypatch
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "pretrain").symlink_to(trained_folder)
     monkeypatch.chdir(tmp_path)
-    set_seed(0)
-    exec(snippet, {})
-    printed = capsys.readouterr().out
-    assert "Once upon a time" in printed
-    check_tales([printed[printed.index("Once upon a time") :]])
+    texts = []
+    for seed in range(8):
+        set_seed(seed)
+        exec(snippet, {})
+        printed = capsys.readouterr().out
+        texts.append(printed[printed.index("Once upon a time") :])
+    check_tales(texts)
