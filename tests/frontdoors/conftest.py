@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,3 +48,13 @@ def trained_folder(pytestconfig) -> Path:
 def trained_gpt2_folder(pytestconfig) -> Path:
     """A small GPT-2, trained on the tales."""
     return train(GPT2_COMMAND, Path(pytestconfig.cache.mkdir("trained")))
+
+
+@pytest.fixture(scope="module")
+def model(trained_folder):
+    return AutoModelForCausalLM.from_pretrained(trained_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained_folder):
+    return AutoTokenizer.from_pretrained(trained_folder)

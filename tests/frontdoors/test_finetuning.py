@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import pipeline
 
 from hf_minigpt.data import tales
 from hf_minigpt.data.reviews import load_reviews
@@ -13,16 +13,6 @@ from test_readme import SNIPPETS
 
 
 TEXTS = [text[:300] for text in tales.tales(32, seed=2029)]
-
-
-@pytest.fixture(scope="module")
-def model(trained_folder):
-    return AutoModelForCausalLM.from_pretrained(trained_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(trained_folder):
-    return AutoTokenizer.from_pretrained(trained_folder)
 
 
 @torch.no_grad()

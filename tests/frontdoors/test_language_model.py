@@ -37,16 +37,6 @@ NUM_NEW = 60
 PARSED, TRUE = 0.9, 0.7
 
 
-@pytest.fixture(scope="module")
-def model(trained_folder):
-    return AutoModelForCausalLM.from_pretrained(trained_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(trained_folder):
-    return AutoTokenizer.from_pretrained(trained_folder)
-
-
 def shares(texts: list[str]) -> tuple[float, float]:
     """Shares of the sentences that parse and of the claims that are true; the last, cut sentence is left out."""
     reports = [tales.parse(text[: text.rindex(".") + 1]) for text in texts]
