@@ -1,7 +1,7 @@
 """A GPT written from scratch that the Hugging Face ecosystem takes for one of its own."""
 
-from .configuration_minigpt import MiniGPTConfig
-from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
+from .model.configuration_minigpt import MiniGPTConfig
+from .model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 from .presets import preset
 from .registration import register
 

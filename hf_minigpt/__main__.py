@@ -1,6 +1,6 @@
 """`python -m hf_minigpt serve MODEL`"""
 
-from .serving import main
+from .deploy.serving import main
 
 
 main()

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .configuration_minigpt import MiniGPTConfig
+from .model.configuration_minigpt import MiniGPTConfig
 
 
 _GPT2 = {"vocab_size": 50257, "max_position_embeddings": 1024, "bos_token_id": 50256, "eos_token_id": 50256}

@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto import modeling_auto
 
-from .configuration_minigpt import MiniGPTConfig
-from .modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
+from .model.configuration_minigpt import MiniGPTConfig
+from .model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 
 
 # PEFT knows Llama, whose modules have the same names, except that there is no gate here.

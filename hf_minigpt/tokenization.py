@@ -20,7 +20,7 @@ from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLAS
 
 
 if TYPE_CHECKING:
-    from .configuration_minigpt import MiniGPTConfig
+    from .model.configuration_minigpt import MiniGPTConfig
 
 
 END_OF_TEXT = "<|endoftext|>"

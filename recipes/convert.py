@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_minigpt import conversion
+from hf_minigpt.deploy import conversion
 from hf_minigpt.tokenization import num_ids
 
 

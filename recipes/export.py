@@ -12,8 +12,8 @@ on from a cache where it has one), and the largest difference of the logits is p
 1e-3. Nothing is left behind if they differ by more than rounding.
 
 - gpt2, nanochat: transformers' own class, weights renamed. Any head.
-- onnx, torch-export: one step of decoding with a cache, in fp32 (`hf_minigpt/export.py` names inputs and outputs). Any
-  language model.
+- onnx, torch-export: one step of decoding with a cache, in fp32. `hf_minigpt/deploy/export.py` names its
+  inputs and outputs. Any language model.
 - gguf: GPT-2-shaped language models: learned positions, LayerNorm before each branch, tanh GELU, byte-level BPE.
 
 A config that the target cannot express is refused with the switch named. Needs `pip install "hf_minigpt[export]"` for
@@ -29,8 +29,9 @@ import torch
 from convert import MAX_DIFFERENCE, find_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_minigpt import MiniGPTForCausalLM, conversion, export
+from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.adapters import merged
+from hf_minigpt.deploy import conversion, export
 
 
 STOCK = {"gpt2": conversion.to_gpt2, "nanochat": conversion.to_nanochat}

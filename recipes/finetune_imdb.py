@@ -34,27 +34,23 @@ from collections.abc import Sequence
 
 from transformers import EarlyStoppingCallback, set_seed
 
-from hf_minigpt.data.batching import ReviewCollator
-from hf_minigpt.data.reviews import ReviewRows, write_texts
-from hf_minigpt.publishing.classification_cards import (
-    FIGURES,
-    format_classification_metrics,
-    save_classification_card,
-)
-from hf_minigpt.publishing.hub import prepare_push, push_run
-from hf_minigpt.training.arguments import ModelArguments, check_writable, parse, use_all_cores
-from hf_minigpt.training.base_model import check_base_exists
-from hf_minigpt.training.checkpointing import train_safely
-from hf_minigpt.training.classification_arguments import (
+from hf_minigpt.classification.arguments import (
     ClassificationArguments,
     LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
-from hf_minigpt.training.classification_baseline import check_baseline_possible, compare_with_baseline
-from hf_minigpt.training.classification_metrics import accuracy_interval, classification_metrics
-from hf_minigpt.training.classification_model import add_lora, build_classifier, check_lora_possible
-from hf_minigpt.training.classification_reporting import (
+from hf_minigpt.classification.baseline import check_baseline_possible, compare_with_baseline
+from hf_minigpt.classification.batching import ReviewCollator
+from hf_minigpt.classification.cards import (
+    FIGURES,
+    format_classification_metrics,
+    save_classification_card,
+)
+from hf_minigpt.classification.data import ReviewRows, write_texts
+from hf_minigpt.classification.metrics import accuracy_interval, classification_metrics
+from hf_minigpt.classification.model import add_lora, build_classifier, check_lora_possible
+from hf_minigpt.classification.report import (
     ask_command,
     classification_report,
     describe_data,
@@ -62,9 +58,13 @@ from hf_minigpt.training.classification_reporting import (
     evaluate_pipeline,
     spread,
 )
-from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.publishing.hub import prepare_push, push_run
+from hf_minigpt.training.arguments import ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.checkpoints.sealing import check_resume
+from hf_minigpt.training.checkpoints.train_safely import train_safely
+from hf_minigpt.training.loading import check_base_exists
 from hf_minigpt.training.safeguards import optional, written
-from hf_minigpt.training.sealing import check_resume
 from hf_minigpt.training.trainer import end_training
 
 

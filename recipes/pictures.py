@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import hf_minigpt  # noqa: F401 - makes AutoModelForCausalLM know our checkpoints
+from hf_minigpt.flags import number
 from hf_minigpt.publishing.plots import plot_attention_mask, plot_next_tokens
 from hf_minigpt.tokenization import encode_prompt, load_tokenizer
-from hf_minigpt.training.flags import number
 
 
 def written(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -38,7 +38,9 @@ from transformers import set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows
-from hf_minigpt.publishing.cards import format_metrics, save_model_card
+from hf_minigpt.pretraining.data import check_streaming, open_documents, prepare_data, training_rows
+from hf_minigpt.pretraining.plan import plan_pretraining
+from hf_minigpt.pretraining.report import pretraining_report
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.tokenization import num_ids
@@ -52,21 +54,13 @@ from hf_minigpt.training.arguments import (
     use_all_cores,
 )
 from hf_minigpt.training.callbacks import PrintSample
-from hf_minigpt.training.checkpointing import train_safely
-from hf_minigpt.training.metrics import decode_documents, sample_texts, tale_metrics
+from hf_minigpt.training.checkpoints.sealing import check_resume
+from hf_minigpt.training.checkpoints.train_safely import train_safely
+from hf_minigpt.training.evaluation import decode_documents, sample_texts, tale_metrics
+from hf_minigpt.training.loading import build_model, context_length
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
-from hf_minigpt.training.plan import plan_pretraining
-from hf_minigpt.training.reporting import pretraining_report
+from hf_minigpt.training.report import format_metrics, save_model_card
 from hf_minigpt.training.safeguards import optional, written
-from hf_minigpt.training.sealing import check_resume
-from hf_minigpt.training.setup import (
-    build_model,
-    check_streaming,
-    context_length,
-    open_documents,
-    prepare_data,
-    training_rows,
-)
 from hf_minigpt.training.trainer import LanguageModelTrainer, end_training
 
 

@@ -32,16 +32,9 @@ from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.atomic import follow_umask
-from hf_minigpt.data.instructions import InstructionCollator, colored
-from hf_minigpt.publishing.hub import prepare_push, push_run
-from hf_minigpt.publishing.plots import plot_losses
-from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
-from hf_minigpt.training.base_model import check_base_exists, load_base_model
-from hf_minigpt.training.checkpointing import train_safely
-from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
-from hf_minigpt.training.safeguards import optional, written
-from hf_minigpt.training.sealing import check_resume
-from hf_minigpt.training.sft import (
+from hf_minigpt.instructions.data import InstructionCollator, colored
+from hf_minigpt.instructions.report import format_figures, save_sft_card, sft_report
+from hf_minigpt.instructions.trainer import (
     EMBEDDED_BASE_FLAGS,
     Answer,
     InstructionArguments,
@@ -57,7 +50,14 @@ from hf_minigpt.training.sft import (
     tokenize_splits,
     training_rows,
 )
-from hf_minigpt.training.sft_card import format_figures, save_sft_card, sft_report
+from hf_minigpt.publishing.hub import prepare_push, push_run
+from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
+from hf_minigpt.training.checkpoints.sealing import check_resume
+from hf_minigpt.training.checkpoints.train_safely import train_safely
+from hf_minigpt.training.loading import check_base_exists, load_base_model
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.trainer import end_training
 
 

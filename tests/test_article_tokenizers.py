@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from hf_minigpt.data.corpora import Documents
 from hf_minigpt.data.rows import SlidingWindowRows
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter, prepare_corpus
 from hf_minigpt.tokenization import (
     END_OF_TEXT,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from hf_minigpt.atomic import follow_umask, made_at_once, written_at_once
+from hf_minigpt.classification.data import write_texts
 from hf_minigpt.data.corpora import load_documents, stream_documents
-from hf_minigpt.data.reviews import write_texts
 from hf_minigpt.data.streaming import prepare_stream
+from hf_minigpt.pretraining.data import prepare_data
 from hf_minigpt.training.arguments import DataArguments, ModelArguments
-from hf_minigpt.training.setup import prepare_data
 
 
 UMASKS = [0o022, 0o002, 0o077]

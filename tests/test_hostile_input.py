@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import pretrain
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
-from hf_minigpt.conversion import from_nanogpt
 from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.deploy.conversion import from_nanogpt
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import PretrainArguments
-from hf_minigpt.training.checkpointing import train_safely
-from hf_minigpt.training.sealing import seal_checkpoint
+from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
+from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.trainer import LanguageModelTrainer
-from tiny import tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 
 TEXT = "In the town a cat met seven mice and said to the third: run, or I eat you!\n\n"

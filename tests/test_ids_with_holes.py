@@ -14,6 +14,8 @@ from hf_minigpt.data.corpora import Documents, stream_documents
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.streaming import StreamedRows
 from hf_minigpt.data.token_store import prepare_corpus
+from hf_minigpt.instructions.trainer import prepare_for_chat
+from hf_minigpt.pretraining.data import given_tokenizer
 from hf_minigpt.tokenization import (
     END_OF_TEXT,
     ROLES,
@@ -24,9 +26,7 @@ from hf_minigpt.tokenization import (
     train_tokenizer,
 )
 from hf_minigpt.training.arguments import ModelArguments
-from hf_minigpt.training.base_model import load_base_model
-from hf_minigpt.training.setup import build_model, given_tokenizer
-from hf_minigpt.training.sft import prepare_for_chat
+from hf_minigpt.training.loading import build_model, load_base_model
 
 
 TEXTS = [f"The {animal} sat on the mat and saw {number} others." for animal in ("cat", "dog") for number in range(40)]

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
-from test_generation import tiny_tokenizer
-from tiny import random_ids, tiny_config, tiny_model
+from tests.model.test_generation import tiny_tokenizer
+from tests.tiny import random_ids, tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)

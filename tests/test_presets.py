@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, preset
 from hf_minigpt.presets import BABY_RUNGS, PRESETS, baby_rung
-from tiny import NO_DROPOUT, gradients, random_ids, shake
+from tests.tiny import NO_DROPOUT, gradients, random_ids, shake
 
 
 # Row 1: the post-norm decoder

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
-from hf_minigpt.training.classification_arguments import (
+from hf_minigpt.classification.arguments import (
     ClassificationArguments,
     LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
-from hf_minigpt.training.sft import InstructionArguments, SFTArguments
-from tiny import tiny_model
+from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.tokenization import train_tokenizer
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from tests.tiny import tiny_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -55,21 +55,16 @@ def test_commands_name_what_exists(command):
 
 def test_the_map_is_true():
     block = README.split("## Map")[1].split("```text\n")[1].split("```")[0]
-    folder = ROOT
+    listed, folder = set(), ROOT
     for line in block.splitlines():
-        indent, name = len(line) - len(line.lstrip()), line.split()[0]
-        if indent == 0:
+        name = line.split()[0]
+        if not line.startswith(" "):
             folder = ROOT / name
-            path = folder
-        elif indent == 2:
-            path = inner = folder / name
-        else:
-            path = inner / name
-        assert path.exists(), path
-    listed = {line.split()[0].rstrip("/") for line in block.splitlines()}
-    here = [*ROOT.glob("hf_minigpt/**/*.py"), *ROOT.glob("recipes/*.py")]
-    unlisted = {path.name for path in here if path.name != "__init__.py" and "publishing" not in path.parts} - listed
-    assert not unlisted
+        path = folder / name if line.startswith(" ") else folder
+        assert path.is_dir(), path
+        listed.add(path)
+    packages = {path.parent for path in ROOT.glob("hf_minigpt/*/__init__.py")}
+    assert packages <= listed
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)

@@ -21,8 +21,8 @@ from transformers.models.auto import modeling_auto
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 from hf_minigpt.registration import add_class_name, add_peft_targets, register
-from test_generation import tiny_tokenizer
-from tiny import random_ids, tiny_config, tiny_model
+from tests.model.test_generation import tiny_tokenizer
+from tests.tiny import random_ids, tiny_config, tiny_model
 
 
 CODE = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}

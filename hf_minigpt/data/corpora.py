@@ -219,7 +219,7 @@ def _digest(*content: Any) -> str:
 
 
 def _tales(num_tales: int) -> Documents:
-    from . import tales
+    from .tales import grammar as tales
 
     grammar = Path(tales.__file__).read_bytes()
     fingerprint = _digest("tales", hashlib.blake2b(grammar).hexdigest(), num_tales, TALES_SEED)

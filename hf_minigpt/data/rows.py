@@ -21,7 +21,7 @@ Row = dict[str, torch.Tensor]
 BARE_SHARE = 0.1
 
 
-def _rng(seed: int, epoch: int) -> np.random.Generator:
+def seeded_generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, epoch]))
 
 
@@ -147,7 +147,7 @@ class RandomWindowRows(WindowRows):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         last_start = self.store.num_tokens - self.context_length - 1
-        self._places = _rng(self.seed, epoch).integers(0, last_start, size=self.num_rows, endpoint=True)
+        self._places = seeded_generator(self.seed, epoch).integers(0, last_start, size=self.num_rows, endpoint=True)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -172,7 +172,7 @@ class ShuffledDocumentRows(Rows):
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the documents for an epoch; the order depends on nothing but the seed and the epoch."""
         self.epoch = epoch
-        order = _rng(self.seed, epoch).permutation(self.store.num_documents)
+        order = seeded_generator(self.seed, epoch).permutation(self.store.num_documents)
         # the EOS that the store begins with stays in front, as a document of one token
         lengths = np.concatenate([[1], np.diff(self.store.offsets)[order]])
         # (num_documents + 2,): where the documents begin in the shuffled order, and its end
@@ -229,7 +229,7 @@ class AlignedDocumentRows(Rows):
     def set_epoch(self, epoch: int) -> None:
         """Make the rows of an epoch; they depend on nothing but the seed, the epoch and the share."""
         self.epoch = epoch
-        rng = _rng(self.seed, epoch)
+        rng = seeded_generator(self.seed, epoch)
         passes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         num_rows = num_pieces = 0
         # one pass over the documents makes too few rows, where many are cut, or some too many

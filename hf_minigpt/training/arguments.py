@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
-from .flags import Condition, Flags, OneOf, Range, check_arguments, check_flags, did_you_mean
+from ..flags import Condition, Flags, OneOf, Range, check_arguments, check_flags, did_you_mean
 from .safeguards import allow_any_output
 
 
@@ -52,8 +52,8 @@ class AttentionImplementation(Condition):
     """One that a MiniGPT can be built with here: a misspelt name, or a package that is missing, is found at once."""
 
     def problem(self, value: Any, flags: Flags) -> str | None:
-        from ..configuration_minigpt import MiniGPTConfig
-        from ..modeling_minigpt import MiniGPTModel
+        from ..model.configuration_minigpt import MiniGPTConfig
+        from ..model.modeling_minigpt import MiniGPTModel
 
         sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         try:
@@ -217,7 +217,7 @@ class ModelArguments:
     def overrides(self) -> dict[str, Any]:
         """`config_overrides` as a dictionary; values are read as JSON where they are JSON, else as YAML."""
         # here, not above: the configuration is no concern of recipes that start from a checkpoint
-        from ..configuration_minigpt import MiniGPTConfig
+        from ..model.configuration_minigpt import MiniGPTConfig
 
         known = [f.name for f in dataclasses.fields(MiniGPTConfig)] + list(MiniGPTConfig.attribute_map)
         overrides = {}
@@ -320,7 +320,7 @@ class PlanArguments:
 
 
 # What --help says of the fields whose defaults change
-_HELP = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
+HELP = {f.name: f.metadata for f in dataclasses.fields(TrainingArguments)}
 
 
 @dataclass
@@ -342,15 +342,15 @@ class RecipeArguments(TrainingArguments):
             "biases; else 1e-3."
         },
     )
-    lr_scheduler_type: SchedulerType | str = field(default="warmup_stable_decay", metadata=_HELP["lr_scheduler_type"])
-    logging_steps: float = field(default=0.01, metadata=_HELP["logging_steps"])
-    logging_first_step: bool = field(default=True, metadata=_HELP["logging_first_step"])
-    logging_nan_inf_filter: bool = field(default=False, metadata=_HELP["logging_nan_inf_filter"])
-    report_to: str | None = field(default="none", metadata=_HELP["report_to"])
+    lr_scheduler_type: SchedulerType | str = field(default="warmup_stable_decay", metadata=HELP["lr_scheduler_type"])
+    logging_steps: float = field(default=0.01, metadata=HELP["logging_steps"])
+    logging_first_step: bool = field(default=True, metadata=HELP["logging_first_step"])
+    logging_nan_inf_filter: bool = field(default=False, metadata=HELP["logging_nan_inf_filter"])
+    report_to: str | None = field(default="none", metadata=HELP["report_to"])
     # every parameter has a part in the loss
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata=_HELP["ddp_find_unused_parameters"])
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata=HELP["ddp_find_unused_parameters"])
     # the rows are tensors already, and the model takes more than its forward names, through **kwargs
-    remove_unused_columns: bool = field(default=False, metadata=_HELP["remove_unused_columns"])
+    remove_unused_columns: bool = field(default=False, metadata=HELP["remove_unused_columns"])
 
     optimizer: Literal["muon", "adamw", "trainer"] = field(
         default="muon",
@@ -506,13 +506,13 @@ class LanguageModelArguments(RecipeArguments):
     METRICS: ClassVar[dict[str, bool]] = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True}
     CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = {"metric_for_best_model": best_by(METRICS)}
 
-    per_device_train_batch_size: int = field(default=8, metadata=_HELP["per_device_train_batch_size"])
-    per_device_eval_batch_size: int = field(default=32, metadata=_HELP["per_device_eval_batch_size"])
-    num_train_epochs: float = field(default=1.0, metadata=_HELP["num_train_epochs"])
-    include_num_input_tokens_seen: str | bool = field(default=True, metadata=_HELP["include_num_input_tokens_seen"])
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=_HELP["eval_strategy"])
-    save_steps: float = field(default=0.25, metadata=_HELP["save_steps"])
-    save_total_limit: int | None = field(default=2, metadata=_HELP["save_total_limit"])
+    per_device_train_batch_size: int = field(default=8, metadata=HELP["per_device_train_batch_size"])
+    per_device_eval_batch_size: int = field(default=32, metadata=HELP["per_device_eval_batch_size"])
+    num_train_epochs: float = field(default=1.0, metadata=HELP["num_train_epochs"])
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata=HELP["include_num_input_tokens_seen"])
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata=HELP["eval_strategy"])
+    save_steps: float = field(default=0.25, metadata=HELP["save_steps"])
+    save_total_limit: int | None = field(default=2, metadata=HELP["save_total_limit"])
 
     eval_max_rows: Annotated[int | None, COUNT] = field(
         default=128,
@@ -532,13 +532,13 @@ class LanguageModelArguments(RecipeArguments):
 class PretrainArguments(LanguageModelArguments):
     """`LanguageModelArguments` with defaults for pretraining."""
 
-    output_dir: str | None = field(default="runs/pretrain", metadata=_HELP["output_dir"])
-    weight_decay: float = field(default=0.0, metadata=_HELP["weight_decay"])
-    adam_beta1: float = field(default=0.8, metadata=_HELP["adam_beta1"])
-    adam_epsilon: float = field(default=1e-10, metadata=_HELP["adam_epsilon"])
-    adam_beta2: float = field(default=0.95, metadata=_HELP["adam_beta2"])
-    warmup_steps: float = field(default=0.02, metadata=_HELP["warmup_steps"])
-    eval_steps: float | None = field(default=0.1, metadata=_HELP["eval_steps"])
+    output_dir: str | None = field(default="runs/pretrain", metadata=HELP["output_dir"])
+    weight_decay: float = field(default=0.0, metadata=HELP["weight_decay"])
+    adam_beta1: float = field(default=0.8, metadata=HELP["adam_beta1"])
+    adam_epsilon: float = field(default=1e-10, metadata=HELP["adam_epsilon"])
+    adam_beta2: float = field(default=0.95, metadata=HELP["adam_beta2"])
+    warmup_steps: float = field(default=0.02, metadata=HELP["warmup_steps"])
+    eval_steps: float | None = field(default=0.1, metadata=HELP["eval_steps"])
 
 
 def parse(
@@ -550,7 +550,7 @@ def parse(
     """Read flags into dataclasses.
 
     `--config FILE.yaml` gives values, flags override them. A key or flag that no dataclass has ends the program with
-    a message that names it and the nearest one that exists. Values are checked as `hf_minigpt.training.flags` says.
+    a message that names it and the nearest one that exists. Values are checked as `hf_minigpt.flags` says.
     From then on the program can print any character.
 
     Args:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.streaming import StreamedRows
-from .metrics import sample_texts
+from .evaluation import sample_texts
 from .safeguards import optional, printable
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..configuration_minigpt import MiniGPTConfig
-from ..products_minigpt import linear
+from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.products_minigpt import linear
 
 
 # Dense bf16 / fp16 tensor-core FLOP/s of the vendor's data sheets, by part of the device's name.

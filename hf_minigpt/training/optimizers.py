@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
-from ..products_minigpt import batched_product
+from ..model.products_minigpt import batched_product
 
 
 # Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon): steepest at zero, and all

@@ -10,8 +10,8 @@ from transformers import Trainer
 
 from ..data.rows import Rows
 from .arguments import PretrainArguments
+from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
-from .metrics import evaluate_language_model
 from .settings import save_settings
 
 

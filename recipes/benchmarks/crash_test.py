@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from hf_minigpt.training import sealing
-from hf_minigpt.training.signals import StopSignals
+from hf_minigpt.training.checkpoints import sealing
+from hf_minigpt.training.checkpoints.signals import StopSignals
 
 
 RECIPES = Path(__file__).parents[1]

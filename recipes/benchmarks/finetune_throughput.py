@@ -34,12 +34,12 @@ from transformers import (
 )
 
 from hf_minigpt import MiniGPTForSequenceClassification, preset
-from hf_minigpt.data.batching import LENGTH_STEP, ReviewCollator
-from hf_minigpt.data.reviews import ReviewRows, load_reviews
+from hf_minigpt.classification.arguments import ClassificationArguments
+from hf_minigpt.classification.batching import LENGTH_STEP, ReviewCollator
+from hf_minigpt.classification.data import ReviewRows, load_reviews
+from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
-from hf_minigpt.training.classification_arguments import ClassificationArguments
-from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
 
 
 REVIEWS_PER_BATCH = 16

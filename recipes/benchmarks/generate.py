@@ -21,9 +21,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_minigpt import MiniGPTForCausalLM, preset
-from hf_minigpt.conversion import from_gpt2
-from hf_minigpt.data.tales import tales
-from hf_minigpt.quantization import quantize_int8
+from hf_minigpt.data.tales.grammar import tales
+from hf_minigpt.deploy.conversion import from_gpt2
+from hf_minigpt.deploy.quantization import quantize_int8
 from hf_minigpt.training.arguments import use_all_cores
 
 

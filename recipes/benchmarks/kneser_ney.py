@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from hf_minigpt.data.tales import log2_probability, tales
+from hf_minigpt.data.tales.grammar import log2_probability, tales
 
 
 # every character of a text belongs to exactly one piece, so bits per piece add up to bits per byte

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_minigpt
-from hf_minigpt.training import sealing
 from hf_minigpt.training.arguments import use_all_cores
-from hf_minigpt.training.checkpointing import train_safely
+from hf_minigpt.training.checkpoints import sealing
+from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import muon_adamw
 
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from hf_minigpt import preset
-from hf_minigpt.data.instructions import (
+from hf_minigpt.instructions.data import (
     InstructionCollator,
     PackedRows,
     load_records,

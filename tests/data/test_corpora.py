@@ -9,7 +9,7 @@ import pytest
 
 from hf_minigpt.data import corpora
 from hf_minigpt.data.corpora import load_documents
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 
 
 ROWS = [{"text": "one\nline", "n": 1}, {"text": "NA", "n": 2}, {"text": 'say, "so"', "n": 3}, {"text": "ü🙂", "n": 4}]

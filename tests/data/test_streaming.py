@@ -10,7 +10,7 @@ import pytest
 from hf_minigpt.data import corpora, streaming
 from hf_minigpt.data.corpora import stream_documents
 from hf_minigpt.data.streaming import StreamedRows, is_held_out, prepare_stream, sample_documents
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 from hf_minigpt.tokenization import train_tokenizer
 
 

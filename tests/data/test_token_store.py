@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_minigpt.data import corpora, token_store
 from hf_minigpt.data.corpora import Documents, load_documents
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter, prepare_corpus
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
 

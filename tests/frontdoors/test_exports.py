@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from hf_minigpt.data import tales
+from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.training.sliding_windows import score_texts
 
 

@@ -7,9 +7,9 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import pipeline
 
-from hf_minigpt.data import tales
-from hf_minigpt.data.reviews import load_reviews
-from test_readme import SNIPPETS
+from hf_minigpt.classification.data import load_reviews
+from hf_minigpt.data.tales import grammar as tales
+from tests.test_readme import SNIPPETS
 
 
 TEXTS = [text[:300] for text in tales.tales(32, seed=2029)]

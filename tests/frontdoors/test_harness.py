@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_minigpt.data import tales
+from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.training.sliding_windows import score_texts
-from test_registration import WITHOUT_THE_PACKAGE
+from tests.test_registration import WITHOUT_THE_PACKAGE
 
 
 ROLLING = """

@@ -23,11 +23,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_minigpt.data import tales
+from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.publishing import page
 from hf_minigpt.training.sliding_windows import score_texts
-from test_readme import SNIPPETS
-from test_registration import WITHOUT_THE_PACKAGE
+from tests.test_readme import SNIPPETS
+from tests.test_registration import WITHOUT_THE_PACKAGE
 
 
 HELD_OUT = list(tales.tales(64, seed=2027))

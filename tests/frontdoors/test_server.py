@@ -3,10 +3,10 @@
 import pytest
 import sft
 import torch
-from test_language_model import HELD_OUT, PROMPTS, check_tales
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from test_serving import start, stop
+from tests.deploy.test_serving import start, stop
+from tests.frontdoors.test_language_model import HELD_OUT, PROMPTS, check_tales
 
 
 NUM_NEW = 40

@@ -14,8 +14,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from transformers import AutoModelForCausalLM
 
 from hf_minigpt.publishing.hub import prepare_push, push_run
-from hub_server import HubServer
-from test_registration import WITHOUT_THE_PACKAGE
+from tests.programs.hub_server import HubServer
+from tests.test_registration import WITHOUT_THE_PACKAGE
 
 
 ROOT = Path(__file__).parents[2]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, conversion
+from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.adapters import load_causal_lm, merged
+from hf_minigpt.deploy import conversion
+from hf_minigpt.instructions.trainer import add_lora, prepare_for_chat
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.base_model import load_base_model
-from hf_minigpt.training.sft import add_lora, prepare_for_chat
-from tiny import shake, tiny_model
+from hf_minigpt.training.loading import load_base_model
+from tests.tiny import shake, tiny_model
 
 
 IDS = torch.tensor([[0, 70, 71, 5, 200]])

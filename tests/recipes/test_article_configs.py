@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "configs"

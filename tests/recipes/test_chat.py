@@ -3,9 +3,9 @@
 import chat
 import pytest
 
+from hf_minigpt.instructions.trainer import prepare_for_chat
 from hf_minigpt.tokenization import add_chat_template, train_tokenizer
-from hf_minigpt.training.sft import prepare_for_chat
-from tiny import tiny_model
+from tests.tiny import tiny_model
 
 
 TEXTS = ["what is the answer to it? the answer is in the box, and the box is here."] * 9

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from hf_minigpt import MiniGPTForSequenceClassification
 from hf_minigpt.publishing import page
 from hf_minigpt.tokenization import train_tokenizer
-from tiny import tiny_model
+from tests.tiny import tiny_model
 
 
 SAMPLING = {"temperature": 0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -13,16 +13,16 @@ import pytest
 import yaml
 from transformers import pipeline
 
-from hf_minigpt.data.reviews import text_key
-from hf_minigpt.data.tale_reviews import tale_reviews
-from hf_minigpt.training.arguments import ModelArguments, parse
-from hf_minigpt.training.classification_arguments import (
+from hf_minigpt.classification.arguments import (
     ClassificationArguments,
     LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
-from hf_minigpt.training.sealing import seal_checkpoint
+from hf_minigpt.classification.data import text_key
+from hf_minigpt.data.tales.reviews import tale_reviews
+from hf_minigpt.training.arguments import ModelArguments, parse
+from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_configs_are_read(name):
 
 
 def test_mistakes_end_before_any_work(data_flags, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_minigpt.training.classification_baseline.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_minigpt.classification.baseline.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="scikit-learn"):
         finetune_imdb.main([*data_flags, "--baseline", "true"])
     with pytest.raises(ValueError, match="without --model"):

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_minigpt import MiniGPTForCausalLM
-from hf_minigpt.conversion import from_gpt2
-from hf_minigpt.data import tales
 from hf_minigpt.data.corpora import load_documents
+from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents, prepare_corpus
+from hf_minigpt.deploy.conversion import from_gpt2
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.metrics import decode_documents
+from hf_minigpt.training.evaluation import decode_documents
 from hf_minigpt.training.sliding_windows import cut_windows
-from tiny import shake, tiny_config
+from tests.tiny import shake, tiny_config
 
 
 CONTEXT = 16

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt import MiniGPTForCausalLM
-from hf_minigpt.training.signals import StopSignals
+from hf_minigpt.training.checkpoints.signals import StopSignals
 
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 import sft
 from transformers import AutoModel, AutoTokenizer
 
-from hf_minigpt.data.tale_reviews import tale_reviews
+from hf_minigpt.data.tales.reviews import tale_reviews
 
 
 QUICK = ["--cpu_threads", "1", "--disable_tqdm", "true", "--max_steps", "2", "--save_strategy", "no"]

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt.adapters import load_causal_lm
-from hf_minigpt.data.instructions import load_records, to_conversations
+from hf_minigpt.instructions.data import load_records, to_conversations
 from hf_minigpt.tokenization import check_tokenizer_fits
 
 
@@ -154,9 +154,9 @@ def test_without_arguments_it_is_the_tales(folder, monkeypatch):
     """Everything but the size of the job is the default's; the base model is made once."""
     monkeypatch.chdir(folder)
     small = ["--max_documents", "60", "--max_steps", "2", "--context_length", "64"]
-    monkeypatch.setattr("hf_minigpt.training.sft.EMBEDDED_BASE_FLAGS", tuple(small))
+    monkeypatch.setattr("hf_minigpt.instructions.trainer.EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr(sft, "EMBEDDED_BASE_FLAGS", tuple(small))
-    monkeypatch.setattr("hf_minigpt.data.instructions.NUM_HELD_OUT_TALE_RECORDS", 16)
+    monkeypatch.setattr("hf_minigpt.instructions.data.NUM_HELD_OUT_TALE_RECORDS", 16)
     more = [
         "--cache_dir",
         str(folder / "cache"),

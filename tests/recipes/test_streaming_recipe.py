@@ -7,7 +7,7 @@ from pathlib import Path
 import pretrain
 import pytest
 
-from hf_minigpt.data.tales import tales
+from hf_minigpt.data.tales.grammar import tales
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_a_file_is_no_output_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["books", "bookcorpus"])
 def test_a_config_plans_without_its_corpus(name, capsys):
-    from hf_minigpt.training.plan import plan_pretraining
+    from hf_minigpt.pretraining.plan import plan_pretraining
 
     model, data, plan_args, args = parse(
         ALL,

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 
 # this file is also the program that torchrun starts
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -34,20 +34,20 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
-from hf_minigpt.data.batching import ReviewCollator
+from hf_minigpt.classification.arguments import ClassificationArguments
+from hf_minigpt.classification.batching import ReviewCollator
+from hf_minigpt.classification.data import ReviewRows
+from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.data.collators import LanguageModelCollator
-from hf_minigpt.data.reviews import ReviewRows
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import PretrainArguments
-from hf_minigpt.training.checkpointing import train_safely
-from hf_minigpt.training.classification_arguments import ClassificationArguments
-from hf_minigpt.training.classification_trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, resolve_resume, verify_checkpoint
+from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import adamw_decaying_matrices, muon_adamw, optimizer_cls_and_kwargs
-from hf_minigpt.training.sealing import CheckpointSealer, resolve_resume, verify_checkpoint
 from hf_minigpt.training.trainer import LanguageModelTrainer
-from tiny import tiny_config
+from tests.tiny import tiny_config
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from hf_minigpt.training.optimizers import (
     muon_adamw,
     orthogonalize,
 )
-from tiny import NO_DROPOUT, SIZES, SWITCHES
+from tests.tiny import NO_DROPOUT, SIZES, SWITCHES
 
 
 def tiny_model(switches: str = "modern") -> MiniGPTForCausalLM:

@@ -1,0 +1,427 @@
+"""What makes a folder a checkpoint, and which checkpoints a run's folder holds.
+
+A checkpoint counts only once it is sealed: its files are on the disk, and a manifest with their sizes and checksums
+was written after them, atomically. Only then is an older one deleted.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+# The Trainer leaves names that begin with an underscore out of what it pushes to the Hub.
+LOCK = "_run.lock"
+ASIDE = "_aside-"
+DELETED = "_deleted-"
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
+BLOCK_SIZE = 1 << 20
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint that is not what was sealed; the message names the file."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def say(message: str) -> None:
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_SIZE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _dumps(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
+    """Bring all files of a folder to the disk, then write its manifest, atomically.
+
+    Args:
+        folder: to which all processes have finished writing.
+        run: what determines the run, for `check_same_run`; JSON.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = {}
+    for path in paths:
+        _fsync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": _digest_of(path)}
+    for parent in sorted({path.parent for path in paths}):
+        _fsync(parent)
+    content = {"format_version": FORMAT_VERSION, "files": files, "run": run}
+    checksum = hashlib.blake2b(_dumps(content).encode(), digest_size=16).hexdigest()
+
+    work = folder / f".{MANIFEST}"
+    with work.open("w", encoding="utf-8") as file:
+        file.write(_dumps({**content, "checksum": checksum}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, folder / MANIFEST)
+    _fsync(folder)
+    _fsync(folder.parent)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a sealed checkpoint.
+
+    Raises:
+        BrokenCheckpoint: there is none, or not a single byte of it may have changed and one has.
+    """
+    path = Path(folder, MANIFEST)
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        checksum = manifest.pop("checksum")
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{path} is missing: the checkpoint was never finished, or never sealed") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{path} is unreadable: {error}") from error
+    if checksum != hashlib.blake2b(_dumps(manifest).encode(), digest_size=16).hexdigest() or text != _dumps(
+        {**manifest, "checksum": checksum}
+    ):
+        raise BrokenCheckpoint(f"{path} is not what was written: its checksum differs")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise BrokenCheckpoint(f"{path} has format {manifest['format_version']}; this code reads {FORMAT_VERSION}")
+    return manifest
+
+
+def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """Compare every file with the manifest, which is returned.
+
+    Raises:
+        BrokenCheckpoint: a file is missing, or differs in size or checksum.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = Path(folder, name)
+        if not path.is_file():
+            raise BrokenCheckpoint(f"{path} is missing")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise BrokenCheckpoint(f"{path} has {size} bytes instead of {expected['size']}")
+        if _digest_of(path) != expected["blake2b"]:
+            raise BrokenCheckpoint(f"{path} is not what was written: its checksum differs")
+    return manifest
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """All `checkpoint-N` folders, sealed or not, oldest first."""
+    paths = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in paths if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_sealed(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def newest_sealed(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that has a manifest; its files are not read."""
+    return next((str(folder) for folder in reversed(_checkpoints(output_dir)) if _is_sealed(folder)), None)
+
+
+def _set_aside(folder: Path, reason: str) -> None:
+    target = folder.with_name(ASIDE + folder.name)
+    number = 2
+    while target.exists():
+        target = folder.with_name(f"{ASIDE}{folder.name}-{number}")
+        number += 1
+    folder.rename(target)
+    print(f"{folder} is set aside as {target.name}: {reason}", flush=True)
+
+
+def find_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that verifies, or None.
+
+    Broken ones that are newer, and all unfinished ones, are renamed to `_aside-checkpoint-N`, never deleted; the
+    reason is printed.
+    """
+    good = None
+    for folder in reversed(_checkpoints(output_dir)):
+        try:
+            if good is None:
+                verify_checkpoint(folder)
+                good = str(folder)
+            elif not _is_sealed(folder):
+                read_manifest(folder)
+        except BrokenCheckpoint as error:
+            _set_aside(folder, str(error))
+    return good
+
+
+def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint to resume from.
+
+    Args:
+        resume_from_checkpoint: `"auto"` for the newest in `output_dir` that verifies, or None where there is none; a
+            path, which must verify, and if it lies in `output_dir` what is newer there is set aside; None to start
+            afresh.
+        output_dir: of the run. Where the run is distributed all processes call; the first one looks, all get its
+            answer.
+
+    Raises:
+        ValueError: the path is broken (the message names the file), or `output_dir` holds checkpoints that the run
+            would neither go on from nor be safe beside.
+    """
+    if world_size() == 1:
+        return _resolve(resume_from_checkpoint, Path(output_dir))
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer = [_resolve(resume_from_checkpoint, Path(output_dir)), None]
+        except ValueError as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def check_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> None:
+    """Raise what `resolve_resume` would, and change nothing: for before anything takes long."""
+    if resume_from_checkpoint == "auto":
+        return
+    if resume_from_checkpoint is not None:
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a checkpoint-N folder, or auto."
+            )
+        try:
+            verify_checkpoint(checkpoint)
+        except BrokenCheckpoint as error:
+            raise BrokenCheckpoint(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is broken: {error}. Give another, or auto for the "
+                "newest good one. (hf_minigpt.training.checkpoints.sealing.seal_checkpoint accepts the files as they "
+                "are.)"
+            ) from error
+        if checkpoint.resolve().parent == Path(output_dir).resolve():
+            return
+    # a run that starts at step 0 beside them would lose its first checkpoints to rotation and resume from theirs
+    sealed = newest_sealed(output_dir)
+    if sealed is not None:
+        raise ValueError(
+            f"output_dir={output_dir} holds {Path(sealed).name} of an earlier run: go on from it with "
+            "--resume_from_checkpoint auto, or choose another --output_dir."
+        )
+
+
+def _resolve(resume_from_checkpoint: str | None, output_dir: Path) -> str | None:
+    if resume_from_checkpoint == "auto":
+        return find_checkpoint(output_dir)
+    check_resume(resume_from_checkpoint, output_dir)
+    chosen = None if resume_from_checkpoint is None else Path(resume_from_checkpoint).resolve()
+    earlier = [folder for folder in _checkpoints(output_dir) if folder.resolve() != chosen]
+    for folder in earlier:
+        if chosen is None or chosen.parent != output_dir.resolve():
+            _set_aside(folder, "it was never finished")
+        elif _step(folder) > _step(chosen):
+            _set_aside(folder, f"the run goes on from {chosen.name}, which is older")
+    return resume_from_checkpoint
+
+
+def rotate_checkpoints(output_dir: str | Path, keep: int | None, protected: Iterable[str | Path] = ()) -> None:
+    """Delete the oldest sealed checkpoints until `keep` are left; never the newest, nor a protected one.
+
+    Args:
+        keep: None or 0 for all.
+        protected: folders, for instance that of the best model.
+    """
+    # a crash may have come in the middle of a deletion
+    for remains in Path(output_dir).glob(f"{DELETED}*"):
+        shutil.rmtree(remains, ignore_errors=True)
+    if not keep or keep < 0:
+        return
+    sealed = [folder for folder in _checkpoints(output_dir) if _is_sealed(folder)]
+    kept = {Path(folder).resolve() for folder in protected}
+    candidates = [folder for folder in sealed[:-1] if folder.resolve() not in kept]
+    for folder in candidates[: max(0, len(sealed) - keep)]:
+        # no half-deleted folder is ever called a checkpoint
+        remains = folder.with_name(DELETED + folder.name)
+        folder.rename(remains)
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+_lock_descriptors: set[int] = set()
+
+
+def _close_inherited_locks() -> None:
+    for descriptor in _lock_descriptors:
+        os.close(descriptor)
+    _lock_descriptors.clear()
+
+
+# a worker of a data loader that outlives the run for a moment would hold its lock
+os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+@contextlib.contextmanager
+def run_lock(output_dir: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder for the length of the block, however it ends: a SIGKILL releases the lock too.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    if rank() != 0:
+        yield
+        return
+    path = Path(output_dir, LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace")
+            raise ValueError(
+                f"output_dir={output_dir} is in use by another run ({owner}): wait for its end, or choose another."
+            ) from error
+        _lock_descriptors.add(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        _lock_descriptors.discard(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+class CheckpointSealer:
+    """Seals checkpoints in a thread of its own, and after each deletes those that are too old.
+
+    Used as a context it waits for the last one at the end.
+
+    Args:
+        output_dir: the run's folder.
+        keep: as in `rotate_checkpoints`.
+        run: as in `seal_checkpoint`.
+    """
+
+    def __init__(self, output_dir: str | Path, keep: int | None = None, run: Mapping[str, Any] | None = None):
+        self.output_dir = Path(output_dir)
+        self.keep = keep
+        self.run = run
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self._pending: Future | None = None
+
+    def __enter__(self) -> "CheckpointSealer":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            self.wait()
+        except OSError:
+            # an error on its way out is likely to be the cause of this one
+            if error is None:
+                raise
+        finally:
+            self._pool.shutdown()
+
+    def seal(self, folder: str | Path, protected: Iterable[str | Path] = ()) -> None:
+        """Seal a folder; all processes call once they have written their part.
+
+        Args:
+            protected: folders that rotation spares.
+
+        Raises:
+            OSError: the checkpoint before could not be sealed.
+        """
+        self.wait()
+        if world_size() > 1:
+            dist.barrier()
+        if rank() == 0:
+            self._pending = self._pool.submit(self._seal, Path(folder), list(protected))
+
+    def _seal(self, folder: Path, protected: list[str | Path]) -> None:
+        seal_checkpoint(folder, self.run)
+        rotate_checkpoints(self.output_dir, self.keep, protected)
+
+    def wait(self) -> None:
+        """Wait until the latest checkpoint is sealed.
+
+        Raises:
+            OSError: it could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except OSError as error:
+                raise self.write_error(error) from error
+
+    def check(self) -> None:
+        """Raise what `wait` would, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    @contextlib.contextmanager
+    def saving(self, step: int, protected: Iterable[str | Path] = ()) -> Iterator[Path]:
+        """Write a checkpoint's files into the folder that this gives; it is sealed at the end of the block.
+
+        Raises:
+            OSError: the disk is full, or fails otherwise; the message names the last good checkpoint.
+        """
+        self.wait()
+        folder = self.output_dir / f"checkpoint-{step}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self.write_error(error) from error
+        self.seal(folder, protected)
+
+    def unfinished(self) -> Path | None:
+        """A checkpoint that was begun and not sealed."""
+        return next((folder for folder in reversed(_checkpoints(self.output_dir)) if not _is_sealed(folder)), None)
+
+    def write_error(self, error: Exception) -> OSError:
+        """What to tell the user where `error` came while writing: torch says only "unexpected pos 576 vs 534"."""
+        folder = self.unfinished() or self.output_dir
+        free = shutil.disk_usage(self.output_dir).free
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        return OSError(
+            number,
+            f"{folder} could not be written ({error}); the disk has {free / 1e6:,.0f} MB free. Free space, or lower "
+            f"save_total_limit, then resume. Last good checkpoint: {newest_sealed(self.output_dir)}",
+        )

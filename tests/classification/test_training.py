@@ -1,0 +1,357 @@
+"""The classifier's training: batches, optimizer, figures, against independent computations."""
+
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from scipy.stats import binomtest
+from transformers import GPT2Config, GPT2LMHeadModel, pipeline
+
+from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.classification.arguments import ClassificationArguments, LoraArguments, ReviewArguments
+from hf_minigpt.classification.batching import ReviewCollator
+from hf_minigpt.classification.data import LabelledTexts, ReviewRows, ReviewSplits, clean_text, model_truncation
+from hf_minigpt.classification.metrics import (
+    bootstrap_interval,
+    classification_metrics,
+    confusion_matrix,
+    mcnemar_test,
+)
+from hf_minigpt.classification.model import (
+    add_lora,
+    build_classifier,
+    check_lora_possible,
+    frame_with_end_of_text,
+    load_classifier,
+)
+from hf_minigpt.classification.report import evaluate_pipeline, spread
+from hf_minigpt.classification.trainer import (
+    ClassificationTrainer,
+    classification_optimizer,
+    predict_logits,
+)
+from hf_minigpt.tokenization import train_tokenizer
+from hf_minigpt.training.arguments import ModelArguments
+from tests.tiny import tiny_model
+
+
+TEXTS = ["good " * (1 + i % 7) + "film" if i % 2 else "a bad " * (1 + i % 5) for i in range(40)]
+LABELS = [i % 2 for i in range(40)]
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return frame_with_end_of_text(train_tokenizer(TEXTS, 320, model_max_length=LENGTH, show_progress=False))
+
+
+def classifier(tokenizer, name="modern", **options):
+    options = {"vocab_size": 320, "unpadded_vocab_size": len(tokenizer), "num_labels": 2} | options
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": 0, "bos_token_id": 0}
+    return tiny_model(name, model_class=MiniGPTForSequenceClassification, **special, **options)
+
+
+def arguments(folder, **options):
+    options = {"num_train_epochs": 2, "cpu_threads": 1, "disable_tqdm": True, "tokens_per_batch": 128} | options
+    return ClassificationArguments(output_dir=str(folder), **options)
+
+
+def trainer_of(folder, tokenizer, model=None, rows=None, **options):
+    args = arguments(folder, **options)
+    rows = rows or ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
+    return ClassificationTrainer(
+        model=model or classifier(tokenizer),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=ReviewRows(TEXTS, LABELS, tokenizer, LENGTH),
+        data_collator=ReviewCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=classification_optimizer(args),
+    )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
+@pytest.mark.parametrize("name", ["modern", "gpt2"])
+def test_predictions_are_those_of_each_review_alone_and_left_padded(tokenizer, name, pooling):
+    model = classifier(tokenizer, name, pooling=pooling, truncation_length=LENGTH)
+    rows = ReviewRows(TEXTS, None, tokenizer, LENGTH)
+    together = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
+    alone = torch.cat([model(rows[i]["input_ids"][None]).logits for i in range(40)])
+    torch.testing.assert_close(together, alone.detach(), rtol=1e-4, atol=1e-4)
+    tokenizer.padding_side = "left"
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    tokenizer.padding_side = "right"
+    assert (batch["attention_mask"][:, 0] == 0).any()
+    left = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(together, left.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
+@pytest.mark.parametrize("name", ["modern", "gpt2"])
+def test_a_stock_pipeline_reads_long_texts_as_the_training_did(tokenizer, tmp_path, name, truncation):
+    model = classifier(tokenizer, name, truncation_length=LENGTH, truncation=model_truncation(truncation))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["good", "bad <br /> film " * 20, "a good film " * 9, "  bad\n\n"]
+    rows = ReviewRows([clean_text(text) for text in texts], None, tokenizer, LENGTH, truncation)
+    expected = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 40)
+    classify = pipeline("text-classification", model=str(tmp_path), top_k=None, function_to_apply="none")
+    for answers in (classify(texts, batch_size=4), classify(texts), classify(texts, truncation=True)):
+        given = [{answer["label"]: answer["score"] for answer in answer} for answer in answers]
+        given = torch.tensor([[scores[model.config.id2label[i]] for i in range(2)] for scores in given])
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+def loss_of_one(model, row, adversarial_share=0.0):
+    """The loss of a review by itself, its embeddings moved along the gradient."""
+    embeddings, labels = model.model.embed_tokens(row["input_ids"][None]), torch.tensor([row["labels"]])
+    (slope,) = torch.autograd.grad(model(inputs_embeds=embeddings, labels=labels).loss, embeddings)
+    moved = embeddings + adversarial_share * embeddings.detach().norm() * slope / slope.norm()
+    return model(inputs_embeds=moved, labels=labels).loss
+
+
+@pytest.mark.parametrize("adversarial_share", [0.0, 0.1])
+def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversarial_share, tmp_path):
+    reference = classifier(tokenizer)
+    rows = ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
+    losses = torch.stack([loss_of_one(reference, row, adversarial_share) for row in rows])
+    if adversarial_share:
+        assert (losses > torch.stack([loss_of_one(reference, row) for row in rows])).all()
+    losses.mean().backward()
+    model = classifier(tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"optimizer": "trainer", "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    options |= {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": None, "weight_decay": 0.0}
+    options["adversarial_share"] = adversarial_share
+    # all batches of an epoch in one step, of different numbers of reviews
+    trainer = trainer_of(tmp_path, tokenizer, model, gradient_accumulation_steps=50, **options)
+    assert len({len(batch) for batch in trainer.get_train_dataloader().batch_sampler}) > 1
+    metrics = trainer.train().metrics
+    assert metrics["train_examples"] == 40
+    for name, p in reference.named_parameters():
+        if p.grad is not None:
+            change = before[name] - dict(model.named_parameters())[name].detach()
+            torch.testing.assert_close(change, p.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["modern", "gpt2"])
+def test_layer_decay(tokenizer, name, optimizer, tmp_path):
+    model = classifier(tokenizer, name, auxiliary_lm_weight=0.5)
+
+    def rates(decay):
+        args = arguments(tmp_path, optimizer=optimizer, layer_decay=decay)
+        factory, kwargs = classification_optimizer(args)
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = factory()(model, **kwargs).param_groups
+        found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in groups) == len(found) == len(names)
+        return found
+
+    plain, decayed = rates(1.0), rates(0.5)
+    for parameter, (rate, weight_decay) in decayed.items():
+        steps = {"layers.1.": 1, "layers.0.": 2, "embed": 3}
+        depth = next((steps[key] for key in steps if key in parameter), 0)
+        assert rate == pytest.approx(plain[parameter][0] * 0.5**depth), parameter
+        assert weight_decay == plain[parameter][1]
+    assert {"score.weight"} <= set(decayed)
+
+
+def test_training_learns_keeps_the_best_and_resumes_exactly(tokenizer, tmp_path):
+    from hf_minigpt.training.checkpoints.train_safely import train_safely
+
+    def run(folder, **options):
+        torch.manual_seed(0)
+        rows = ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True, token_dropout=0.2, seed=1)
+        model = classifier(tokenizer, embd_pdrop=0.1)
+        trainer = trainer_of(tmp_path / folder, tokenizer, model, rows, num_train_epochs=3, **options)
+        return trainer, train_safely(trainer)
+
+    whole, output = run("whole")
+    assert output.metrics["train_examples"] == 120
+    # the first of the best epochs, not the last
+    best = max((e for e in whole.state.log_history if "eval_accuracy" in e), key=lambda e: e["eval_accuracy"])
+    found = whole.evaluate()
+    assert found["eval_accuracy"] == best["eval_accuracy"] > 0.9 and found["eval_loss"] == best["eval_loss"]
+
+    options = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": None, "save_total_limit": None}
+    first, _ = run("steps", **options)
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "steps").glob("checkpoint-*"))
+    middle = tmp_path / "steps" / f"checkpoint-{steps[len(steps) // 2]}"
+    second, _ = run("steps", **options, resume_from_checkpoint=str(middle))
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_plain_train_shuffles_every_epoch_too(tokenizer, tmp_path):
+    seen = []
+
+    class Spy(ReviewRows):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+            super().set_epoch(epoch)
+
+    rows = Spy(TEXTS, LABELS, tokenizer, LENGTH, training=True)
+    trainer_of(tmp_path, tokenizer, rows=rows).train()
+    assert seen[0] == 0 and set(seen) == {0, 1}
+
+
+SPLITS = ReviewSplits("mine", ["no", "yes"], *[LabelledTexts(TEXTS, LABELS)] * 3, [], 0, 0, 0)
+
+
+def test_built_classifiers(tmp_path):
+    overrides = ["hidden_size=32", "num_attention_heads=2", "num_hidden_layers=3"]
+    model_args = ModelArguments(vocab_size=320, context_length=40, config_overrides=overrides)
+    args = arguments(tmp_path, frozen_layers=2, dropout=0.3, attention_dropout=0.2, pooling="last")
+    model, _ = build_classifier(model_args, args, SPLITS, "tail")
+    config = model.config
+    assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
+    assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.3, 0.3, 0.2)
+    assert (config.pooling, config.max_position_embeddings) == ("last", 40)
+    assert (config.truncation_length, config.truncation) == (40, "tail")
+    assert model.lm_head is None
+    frozen = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad and "layers" in name}
+    assert frozen == {"0", "1"} and not model.model.embed_tokens.weight.requires_grad
+    assert model.score.weight.requires_grad
+    auxiliary, _ = build_classifier(model_args, arguments(tmp_path, auxiliary_lm_weight=0.5), SPLITS, "head")
+    assert auxiliary.lm_head is not None
+    attentive, _ = build_classifier(model_args, arguments(tmp_path, pooling="attention"), SPLITS, "head")
+    assert (attentive.pool_query.weight == 0).all() and attentive.pool_query.weight.requires_grad
+    with pytest.raises(ValueError, match="frozen_layers=4"):
+        build_classifier(model_args, arguments(tmp_path, frozen_layers=4), SPLITS, "head")
+
+
+def test_from_a_gpt2(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 320, model_max_length=32, show_progress=False)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=32))
+    gpt2.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, framed = build_classifier(ModelArguments(model=str(tmp_path)), arguments(tmp_path / "o"), SPLITS, "head")
+    torch.testing.assert_close(model.model.embed_tokens.weight, gpt2.transformer.wte.weight)
+    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.truncation_length == 32
+    assert framed("a bad")["input_ids"][0] == framed("a bad")["input_ids"][-1] == framed.eos_token_id
+    with pytest.raises(ValueError, match="32 learned positions"):
+        build_classifier(ModelArguments(model=str(tmp_path), context_length=64), arguments(tmp_path), SPLITS, "head")
+    with pytest.raises(ValueError, match="merge_lora"):
+        check_lora_possible(LoraArguments(lora=True), ModelArguments(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path, pooling):
+    tiny_model("modern", vocab_size=320, unpadded_vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0,
+               pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path / "base")  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora_args = LoraArguments(lora=True, lora_r=4)
+    model_args = ModelArguments(model=str(tmp_path / "base"), context_length=LENGTH)
+    check_lora_possible(lora_args, model_args)
+    model, _ = build_classifier(model_args, arguments(tmp_path, pooling=pooling), SPLITS, "head")
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = add_lora(model, lora_args)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    num_heads = sum("lora_" not in name for name in trainable)
+    assert len(trainable) == 2 * 6 * 2 + num_heads and num_heads == (1 if pooling == "mean" else 2)
+    options = {"optimizer": "adamw", "learning_rate": 0.01, "num_train_epochs": 3}
+    trainer = trainer_of(tmp_path / "out", tokenizer, model, **options)
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.save_model()
+    model.config.save_pretrained(tmp_path / "out")
+    loaded = load_classifier(tmp_path / "out")
+    rows = ReviewRows(TEXTS, None, tokenizer, LENGTH)
+    collator = ReviewCollator(tokenizer.pad_token_id)
+    expected = predict_logits(model, rows, collator, 200)
+    torch.testing.assert_close(predict_logits(loaded, rows, collator, 200), expected)
+    assert (expected.argmax(-1).numpy() == LABELS).mean() == accuracy > 0.9
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    whole = load_classifier(tmp_path / "merged").eval()
+    assert isinstance(whole, MiniGPTForSequenceClassification)
+    torch.testing.assert_close(predict_logits(whole, rows, collator, 200), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(base["score.weight"], whole.score.weight)
+
+
+def test_figures():
+    generator = np.random.default_rng(0)
+    logits, labels = torch.from_numpy(generator.normal(size=(50, 3))), generator.integers(3, size=50)
+    metrics = classification_metrics(logits.float(), labels)
+    probabilities = logits.float().double().softmax(-1).numpy()
+    assert metrics["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities))
+    assert metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, logits.argmax(-1)))
+    assert set(metrics) == {"loss", "accuracy", "f1", "roc_auc", "calibration_error"}
+    predictions = logits.argmax(-1).numpy()
+    matrix = confusion_matrix(predictions, labels, 3)
+    assert (matrix == sklearn.metrics.confusion_matrix(labels, predictions)).all()
+    mean, deviation = spread([0.9, 0.92])
+    assert (mean, deviation) == (pytest.approx(0.91), pytest.approx(0.02 / math.sqrt(2)))
+    assert spread([0.9]) == (0.9, 0.0)
+
+
+def test_mcnemar_equals_the_binomial_test():
+    ours = np.array([True] * 30 + [False] * 12 + [True] * 100)
+    other = np.array([False] * 30 + [True] * 12 + [True] * 100)
+    expected = binomtest(12, 42, 0.5).pvalue
+    assert mcnemar_test(ours, other) == (30, 12, pytest.approx(expected))
+    assert mcnemar_test(other, ours) == (12, 30, pytest.approx(expected))
+    assert mcnemar_test(ours, ours) == (0, 0, 1.0)
+    # as many as there are in a long test set: no overflow
+    many = np.arange(4000) % 5 < 2
+    assert mcnemar_test(many, ~many)[2] == pytest.approx(binomtest(1600, 4000, 0.5).pvalue)
+
+
+def test_interval_is_that_of_resampling():
+    is_right = np.arange(500) % 10 > 0
+    generator = np.random.default_rng(1)
+    means = [is_right[generator.integers(500, size=500)].mean() for _ in range(4000)]
+    low, high = bootstrap_interval(is_right)
+    assert (low, high) == (
+        pytest.approx(np.quantile(means, 0.025), abs=0.004),
+        pytest.approx(np.quantile(means, 0.975), abs=0.004),
+    )
+
+
+def test_evaluators_accuracy_is_ours(tokenizer):
+    model = classifier(tokenizer, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    data = LabelledTexts(TEXTS[:12], LABELS[:12])
+    rows = ReviewRows(data.texts, data.labels, tokenizer, LENGTH)
+    logits = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
+    accuracy = (logits.argmax(-1).numpy() == data.labels).mean()
+    result = evaluate_pipeline(model, tokenizer, data, logits)
+    assert result["pipeline_accuracy"] == result["same_texts_accuracy"] == accuracy
+    assert result["pipeline_accuracy_low"] <= accuracy <= result["pipeline_accuracy_high"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_dropout": 1.0}, "token_dropout=1.0"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        ({"adversarial_share": 1.0}, "adversarial_share=1.0"),
+        ({"adversarial_share": 0.01, "torch_compile": True}, "adversarial_share=0.01 with torch_compile"),
+        ({"frozen_layers": -1}, "frozen_layers=-1"),
+        ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 needs"),
+        ({"per_device_train_batch_size": 16}, "tokens_per_batch"),
+        ({"train_sampling_strategy": "group_by_length"}, "grouped by length already"),
+        ({"label_smoothing_factor": 0.1, "auxiliary_lm_weight": 0.5}, "label_smoothing_factor=0.1"),
+        ({"load_best_model_at_end": False}, "early_stopping_patience"),
+    ],
+)
+def test_contradictions_are_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_other_contradictions_are_named():
+    with pytest.raises(ValueError, match="merge_lora"):
+        LoraArguments(merge_lora=True)
+    with pytest.raises(ValueError, match="class_names"):
+        ReviewArguments(class_names=["a", "a"])
+    with pytest.raises(ValueError, match="VALUE=NAME"):
+        ReviewArguments(label_map=["neg"])
+    with pytest.raises(ValueError, match="must end in"):
+        ReviewArguments(write_training_texts="a.csv")
+    with pytest.raises(ValueError, match="without --model"):
+        check_lora_possible(LoraArguments(lora=True), ModelArguments())

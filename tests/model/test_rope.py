@@ -1,0 +1,258 @@
+"""Every kind of rotary positions is transformers' own, and what cannot be computed is refused in the configuration."""
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt.model.functional_minigpt import apply_rotary
+from tests.tiny import NO_DROPOUT, random_ids
+
+
+HEADS, HEAD_DIM, CONTEXT = 3, 16, 64
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn with every option": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4,
+        "beta_slow": 0.5,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+        "truncate": False,
+    },
+    "longrope": {"short_factor": 1.0, "long_factor": 3.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "proportional": {},
+}
+
+
+def rope_parameters(name, share):
+    parameters = {"rope_type": name, "rope_theta": 50.0, **ROPES[name]}
+    if share != 1:
+        parameters["partial_rotary_factor"] = share
+    for key in ("short_factor", "long_factor"):
+        if key in parameters:
+            parameters[key] = [parameters[key] + 0.1 * i for i in range(int(HEAD_DIM * share) // 2)]
+    return parameters
+
+
+def rope_config(parameters=None, **overrides):
+    sizes = {
+        "vocab_size": 67,
+        "hidden_size": HEADS * HEAD_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": CONTEXT,
+    }
+    options = {**sizes, **NO_DROPOUT, "position_embedding_type": "rope", "rope_parameters": parameters, **overrides}
+    return MiniGPTConfig(**options)
+
+
+def neox_and_ours(parameters):
+    """
+    A GPT-NeoX, which transformers can give any rotary positions, and a MiniGPT of the same weights.
+
+    Its block is ours where its residual is not parallel.
+    """
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=67,
+        hidden_size=HEADS * HEAD_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * HEADS * HEAD_DIM,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"partial_rotary_factor": 1.0, **parameters},
+        use_parallel_residual=False,
+        hidden_act="gelu",
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    neox = GPTNeoXForCausalLM(config).eval()
+    state = {}
+    for name, tensor in neox.state_dict().items():
+        for theirs, ours in {
+            "gpt_neox.": "model.",
+            "embed_in": "embed_tokens",
+            "attention.dense": "self_attn.o_proj",
+            "mlp.dense_h_to_4h": "mlp.up_proj",
+            "mlp.dense_4h_to_h": "mlp.down_proj",
+            "final_layer_norm": "norm",
+            "embed_out": "lm_head",
+        }.items():
+            name = name.replace(theirs, ours)
+        if "query_key_value" in name:
+            # each head has its query, its key and its value, one after the other
+            parts = tensor.view(HEADS, 3, HEAD_DIM, *tensor.shape[1:]).unbind(1)
+            for part, letter in zip(parts, "qkv", strict=True):
+                state[name.replace("attention.query_key_value", f"self_attn.{letter}_proj")] = part.flatten(0, 1)
+        else:
+            state[name] = tensor
+    config = rope_config(dict(parameters), hidden_act="gelu", tie_word_embeddings=False)
+    model = MiniGPTForCausalLM(config).eval()
+    model.load_state_dict(state)
+    return neox, model
+
+
+@pytest.mark.parametrize("share", [1, 0.5, 0.25])
+@pytest.mark.parametrize("name", ROPES)
+def test_equals_a_stock_model_with_the_same_positions(name, share, tmp_path):
+    neox, model = neox_and_ours(rope_parameters(name, share))
+    model.save_pretrained(tmp_path)
+    loaded = MiniGPTForCausalLM.from_pretrained(tmp_path).eval()
+    # within the original context, beyond it, beyond all, and back: some change as texts get longer
+    for length in (9, 40, 90, 9):
+        ids = random_ids(2, length)
+        with torch.no_grad():
+            expected = neox(ids).logits
+            for ours in (model, loaded):
+                torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1, 0.5])
+@pytest.mark.parametrize("name", ROPES)
+def test_writes_what_a_stock_model_writes(name, share):
+    """One token at a time, from within the original context to beyond it."""
+    neox, model = neox_and_ours(rope_parameters(name, share))
+    ids = random_ids(2, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), neox.generate(ids, **options))
+
+
+def test_a_share_turns_the_first_dimensions_only():
+    x, angles = torch.randn(1, 1, 1, 8), torch.tensor([[[0.3, 0.7, 0.3, 0.7]]])
+    turned = apply_rotary(x, angles.cos(), angles.sin())[0, 0, 0]
+    x = x[0, 0, 0]
+    pairs = torch.complex(x[:2], x[2:4]) * torch.exp(1j * angles[0, 0, :2])
+    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag, x[4:]]))
+
+
+def test_a_type_that_somebody_registers(monkeypatch):
+    frequencies = torch.zeros(HEAD_DIM // 2)
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "still", lambda config, *args, **kwargs: (frequencies, 1.0))
+    parameters = {"rope_type": "still", "rope_theta": 50.0, "factor": 2.0}
+    model = MiniGPTForCausalLM(rope_config(parameters))
+    assert not model.model.rotary_emb.inv_freq.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"rope_type": "default", "rope_theta": 10000.0}),
+        ({}, {"rope_type": "default", "rope_theta": 10000.0}),
+        ({"rope_type": None, "rope_theta": None, "factor": None}, {"rope_type": "default", "rope_theta": 10000.0}),
+        ({"rope_type": "linear", "factor": 2}, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2}),
+        # the ratio of the contexts, as transformers has it for some models
+        (
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 16,
+                "factor": CONTEXT / 16,
+            },
+        ),
+    ],
+)
+def test_what_is_left_out_has_its_default(given, expected):
+    assert rope_config(given).rope_parameters == expected
+
+
+def test_older_names():
+    parameters = rope_config(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5.0).rope_parameters
+    assert (parameters["rope_type"], parameters["factor"], parameters["rope_theta"]) == ("linear", 2.0, 5.0)
+    assert rope_config(partial_rotary_factor=0.5).rope_parameters["partial_rotary_factor"] == 0.5
+
+
+LLAMA3, LONGROPE = rope_parameters("llama3", 1), rope_parameters("longrope", 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"rope_type": "alibi"}, ["rope_type='alibi'", "default", "longrope"]),
+        ({"rope_type": "axial"}, ["rope_type='axial'"]),
+        ({"rope_type": 3}, ["rope_type=3"]),
+        ({"rope_type": ["linear"]}, ["rope_type=['linear']"]),
+        *[
+            ({"rope_theta": v}, [f"rope_theta={v!r}", "10000"])
+            for v in (0, -5.0, float("inf"), float("nan"), "1e4", True)
+        ],
+        *[
+            ({"partial_rotary_factor": v}, [f"partial_rotary_factor={v!r}", "above 0 and up to 1"])
+            for v in (0, -0.5, 1.5, "half", float("nan"))
+        ],
+        ({"partial_rotary_factor": 0.2}, ["partial_rotary_factor=0.2", "3 dimensions", "even"]),
+        ({"partial_rotary_factor": 0.01}, ["partial_rotary_factor=0.01", "0 dimensions"]),
+        ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.125}, ["2 dimensions", "at least 4"]),
+        ({"rope_type": "linear"}, ["rope_type='linear'", "factor"]),
+        ({"rope_type": "dynamic"}, ["rope_type='dynamic'", "factor"]),
+        ({"rope_type": "yarn"}, ["rope_type='yarn'", "factor"]),
+        ({"rope_type": "longrope"}, ["rope_type='longrope'", "long_factor, short_factor"]),
+        ({"rope_type": "llama3", "factor": 2.0}, ["high_freq_factor, low_freq_factor"]),
+        ({"rope_type": "linear", "factor": 0.5}, ["factor=0.5", "at least 1"]),
+        ({"rope_type": "linear", "factor": "2"}, ["factor='2'"]),
+        ({"factor": 4.0}, ["factor=4.0", "rope_type='default'"]),
+        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32}, ["beta_fast=32", "rope_type='linear'"]),
+        ({"full_attention": {"rope_type": "default"}}, ["full_attention"]),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}, ["beta_fast=1", "beta_slow=2"]),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_slow": 40}, ["beta_slow=40", "beta_fast=32"]),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": "no"}, ["truncate='no'"]),
+        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}, ["rope_theta=1"]),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}, ["attention_factor=0"]),
+        ({**LLAMA3, "high_freq_factor": 1.0}, ["low_freq_factor=1.0", "high_freq_factor=1.0"]),
+        ({**LLAMA3, "low_freq_factor": 0}, ["low_freq_factor=0"]),
+        ({**LLAMA3, "original_max_position_embeddings": 0}, ["original_max_position_embeddings=0"]),
+        ({**LONGROPE, "short_factor": [1.0] * 7}, ["short_factor", "7 numbers", "give 8"]),
+        ({**LONGROPE, "partial_rotary_factor": 0.5}, ["short_factor", "8 numbers", "give 4"]),
+        ({**LONGROPE, "long_factor": [0.0] * 8}, ["long_factor", "above 0"]),
+        ({**LONGROPE, "long_factor": 2.0}, ["long_factor=2.0", "list"]),
+        ([1], ["rope_parameters", "[1]"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_computed_is_refused_by_name(parameters, words):
+    with pytest.raises(Exception) as error:
+        rope_config(parameters)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "rope_theta=None"),
+        ({"rope_type": "linear", "rope_theta": 5.0}, "factor"),
+        ({"rope_type": "nonsense", "rope_theta": 5.0}, "rope_type='nonsense'"),
+        (None, "rope_theta=None"),
+    ],
+)
+def test_a_checkpoint_is_opened_with_other_positions(parameters, word, tmp_path):
+    """Those that were not trained: complete ones are taken, others are refused."""
+    MiniGPTForCausalLM(rope_config({"rope_theta": 5.0})).save_pretrained(tmp_path)
+    whole = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    model = MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=whole)
+    expected = MiniGPTForCausalLM(rope_config(whole)).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    with pytest.raises(ValueError, match=word):
+        MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=parameters)
+
+
+def test_a_config_that_was_changed_is_looked_at_again(tmp_path):
+    config = rope_config({"rope_type": "linear", "factor": 2.0})
+    config.rope_parameters["rope_type"] = "linaer"
+    for use in (MiniGPTForCausalLM, lambda config: config.save_pretrained(tmp_path)):
+        with pytest.raises(Exception, match="rope_type='linaer'"):
+            use(config)
