@@ -20,8 +20,8 @@ Your own texts, from a file with a column of texts and one of labels; GPT-2 as a
         --label_map 1=bad 5=good
     accelerate launch recipes/finetune_imdb.py --config recipes/configs/imdb.yaml --model openai-community/gpt2 \
         --context_length 512 --optimizer adamw --learning_rate 5e-5 --layer_decay 0.9 --pooling last \
-        --adversarial_share 0
-    accelerate launch recipes/finetune_imdb.py --model runs/imdb-pretrain --dataset stanfordnlp/imdb --lora true \
+        --adversarial_epsilon 0
+    accelerate launch recipes/finetune_imdb.py --model runs/imdb-pretrain --dataset stanfordnlp/imdb --lora_rank 8 \
         --optimizer adamw --learning_rate 1e-3 --output_dir runs/imdb-lora
 
 Interrupted, the same command with `--resume_from_checkpoint auto` goes on as if nothing had been.
@@ -36,7 +36,6 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from hf_minigpt.classification.arguments import (
     ClassificationArguments,
-    LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
@@ -49,7 +48,7 @@ from hf_minigpt.classification.cards import (
 )
 from hf_minigpt.classification.data import ReviewRows, write_texts
 from hf_minigpt.classification.metrics import accuracy_interval, classification_metrics
-from hf_minigpt.classification.model import add_lora, build_classifier, check_lora_possible
+from hf_minigpt.classification.model import build_classifier, check_lora_possible
 from hf_minigpt.classification.report import (
     ask_command,
     classification_report,
@@ -64,6 +63,7 @@ from hf_minigpt.training.arguments import ModelArguments, check_writable, parse,
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.loading import check_base_exists
+from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.trainer import end_training
 
@@ -75,7 +75,7 @@ def train(seed, output_dir, model_args, review_args, args, lora_args, splits) ->
     args.seed, args.output_dir, args.push_to_hub = seed, output_dir, push
     set_seed(seed)
     model, tokenizer = build_classifier(model_args, args, splits, review_args.truncation)
-    if lora_args.lora:
+    if lora_args.lora_rank:
         model = add_lora(model, lora_args)
     length = model.config.truncation_length
 
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        if lora_args.lora and not lora_args.merge_lora:
+        if lora_args.saves_adapter:
             trainer.model.config.save_pretrained(args.output_dir)
         command = f"accelerate launch recipes/finetune_imdb.py {shlex.join(argv)}".strip()
 

@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         baby_rung(name, rung_args.preset, **overrides)
     folder = Path(args.output_dir)
     check_writable(args.output_dir)
-    if data_args.dataset is None and data_args.max_documents is None:
-        data_args.max_documents = NUM_TALES
+    if data_args.dataset is None and data_args.max_examples is None:
+        data_args.max_examples = NUM_TALES
 
     # Data: every character of the corpus is a token
     documents = open_documents(data_args)

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub name; several are compared")
     parser.add_argument("--dataset", help="Hub name, or file or folder of text; default: the embedded tales")
     parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
-    parser.add_argument("--dataset_split", default="train", help="split of a dataset on the Hub")
+    parser.add_argument("--train_split", default="train", help="split of a dataset on the Hub")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--document_separator", help="text between the documents of a .txt file")
     parser.add_argument("--join_sentences", action="store_true", help="rows are sentences: join them into documents")
     parser.add_argument(
-        "--max_documents", type=number(int, least=1), help="read only the first documents of the corpus"
+        "--max_examples", type=number(int, least=1), help="read only the first documents of the corpus"
     )
     parser.add_argument("--part", choices=["held_out", "all"], default="held_out", help="of the corpus, to score")
     parser.add_argument(
@@ -89,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     documents = load_documents(
         args.dataset,
         config_name=args.dataset_config,
-        split=args.dataset_split,
+        split=args.train_split,
         text_column=args.text_column,
         join_sentences=args.join_sentences,
         document_separator=args.document_separator,
-        max_documents=args.max_documents,
+        max_examples=args.max_examples,
     )
     if len(args.models) > 1:
         # what is wrong with the last model is not to show after the others were scored

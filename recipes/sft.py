@@ -14,7 +14,7 @@ On your own records (instruction, input and output; prompt and completion; or me
 An adapter instead of a whole model; a tenth of the rows pretraining text, against forgetting:
 
     accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --lora_rank 16
-    accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --pretraining_share 0.1 \
+    accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --pretraining_fraction 0.1 \
         --pretraining_dataset ../shared/data/books
 
 Interrupted: the same command with `--resume_from_checkpoint auto`. Then talk to it:
@@ -40,7 +40,6 @@ from hf_minigpt.instructions.trainer import (
     InstructionArguments,
     InstructionTrainer,
     SFTArguments,
-    add_lora,
     answer_all,
     answer_metrics,
     embedded_base_folder,
@@ -56,6 +55,7 @@ from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.loading import check_base_exists, load_base_model
+from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.trainer import end_training
@@ -78,8 +78,8 @@ def embedded_base(sft_args: InstructionArguments, args: SFTArguments) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else list(argv)
-    argument_types = (InstructionArguments, SFTArguments)
-    sft_args, args = parse(argument_types, argv, description=__doc__)
+    argument_types = (InstructionArguments, SFTArguments, LoraArguments)
+    sft_args, args, lora_args = parse(argument_types, argv, description=__doc__)
     use_all_cores(args.cpu_threads)
 
     # Whatever can be wrong is found before anything takes long.
@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # The base model, and what it hands down; flags win
     base = sft_args.model or embedded_base(sft_args, args)
-    inherited = inherited_settings(base, sft_args.learning_rate_factor, adapter=sft_args.lora_rank > 0)
+    inherited = inherited_settings(base, sft_args.learning_rate_factor, adapter=lora_args.lora_rank > 0)
     hub_model_id = args.hub_model_id
-    sft_args, args = parse(argument_types, argv, description=__doc__, defaults=inherited)
+    sft_args, args, lora_args = parse(argument_types, argv, description=__doc__, defaults=inherited)
     args.hub_model_id = hub_model_id
     options = {"trust_remote_code": sft_args.trust_remote_code, "attn_implementation": sft_args.attn_implementation}
     model, tokenizer = load_base_model(MiniGPTForCausalLM, base, tokenizer=sft_args.tokenizer, **options)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Training
     trainer = InstructionTrainer(
-        model=add_lora(model, sft_args.lora_rank, sft_args.lora_alpha, new_ids) if sft_args.lora_rank else model,
+        model=add_lora(model, lora_args, new_ids) if lora_args.lora_rank else model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=data.held_out_rows,
@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     say = trainer.accelerator.print
     settings = ", ".join(f"{name}={value}" for name, value in inherited.items())
-    say(f"Inherited from {base}: max_length={data.max_length}, its tokenizer ({len(tokenizer)} tokens), {settings}")
+    say(
+        f"Inherited from {base}: context_length={data.max_length}, its tokenizer ({len(tokenizer)} tokens), {settings}"
+    )
     say(f"{data.describe()}\n{args.describe_hardware()}")
     for index in range(min(sft_args.show_examples, len(data.training))):
         say(colored(tokenizer, data.training, index), end="\n\n")
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics |= trainer.evaluate()
 
     # Results: first what cannot be had again
-    if sft_args.merge_lora:
+    if lora_args.merge_lora:
         trainer.model = trainer.model.merge_and_unload()
     model.config.use_cache = True
     # called so, it leaves pushing to the end
@@ -145,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         def save_results() -> None:
             trainer.save_metrics("sft", metrics)
             with optional("writing the model card"):
-                report = sft_report(sft_args, args, model, tokenizer, data, metrics, command, plot)
+                report = sft_report(sft_args, args, lora_args, model, tokenizer, data, metrics, command, plot)
                 save_sft_card(report, metrics, before, answers[:NUM_SAMPLES], args.output_dir)
 
         save_results()

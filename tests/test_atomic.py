@@ -101,10 +101,10 @@ def test_programs_stay_programs_and_links_alone(tmp_path):
 @pytest.mark.parametrize("mask", UMASKS)
 def test_others_can_read_what_is_put_into_the_cache(mask, tmp_path):
     model_args = ModelArguments(preset="minigpt-pico", vocab_size=320)
-    data_args = DataArguments(dataset=None, max_documents=20, cache_dir=str(tmp_path / "cache"))
+    data_args = DataArguments(dataset=None, max_examples=20, cache_dir=str(tmp_path / "cache"))
     texts = [f"{number}: {text}" for number, text in enumerate(["some text"] * 20)]
     with umask(mask):
-        documents = load_documents(max_documents=20)
+        documents = load_documents(max_examples=20)
         tokenizer, _ = prepare_data(model_args, data_args, documents)
         write_texts(texts, tmp_path / "cache" / "texts.parquet")
         shards = stream_documents(tmp_path / "cache" / "texts.parquet")

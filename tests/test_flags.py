@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 
 from hf_minigpt.classification.arguments import (
     ClassificationArguments,
-    LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
@@ -21,12 +20,13 @@ from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, condition
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
 from hf_minigpt.pretraining.ladder import LadderArguments
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments, parse
+from hf_minigpt.training.lora import LoraArguments
 
 
 JOBS = {
     "pretrain": (ModelArguments, DataArguments, PlanArguments, PretrainArguments),
     "classify": (ModelArguments, ReviewArguments, ClassificationArguments, LoraArguments, SeedArguments),
-    "sft": (InstructionArguments, SFTArguments),
+    "sft": (InstructionArguments, SFTArguments, LoraArguments),
     "ladder": (DataArguments, LadderArguments),
 }
 # job -> flag -> values that cannot be
@@ -59,7 +59,7 @@ WRONG = {
         "dataloader_num_workers": ["-1", "1000000"],
         "ddp_timeout": ["0"],
         "cpu_threads": ["0", "-1", "1000000"],
-        "max_documents": ["0", "-1"],
+        "max_examples": ["0", "-1"],
         "validation_fraction": ["0", "1", "nan"],
         "streaming_sample": ["0"],
         "shuffle_characters": ["0"],
@@ -88,7 +88,7 @@ WRONG = {
         "remove_unused_columns": ["true"],
     },
     "classify": {
-        "max_train_examples": ["0", "-1"],
+        "max_examples": ["0", "-1"],
         "test_fraction": ["0", "1", "-0.1"],
         "validation_fraction": ["0", "1"],
         "pipeline_examples": ["-1"],
@@ -97,11 +97,11 @@ WRONG = {
         "dropout": ["1", "-0.1", "nan"],
         "attention_dropout": ["1"],
         "token_dropout": ["1", "nan"],
-        "adversarial_share": ["1", "-1"],
+        "adversarial_epsilon": ["1", "-1"],
         "layer_decay": ["0", "1.1", "nan"],
         "frozen_layers": ["-1"],
         "early_stopping_patience": ["0", "-1"],
-        "lora_r": ["0", "4"],
+        "lora_rank": ["-1"],
         "lora_alpha": ["0"],
         "lora_dropout": ["1", "0.5"],
         "seeds": ["-1"],
@@ -109,12 +109,12 @@ WRONG = {
         "eval_strategy": ["no"],
     },
     "sft": {
-        "max_records": ["0", "-1"],
-        "held_out_fraction": ["0", "1", "nan"],
-        "max_lost": ["1", "-0.1"],
-        "max_length": ["0", "-1"],
+        "max_examples": ["0", "-1"],
+        "validation_fraction": ["0", "1", "nan"],
+        "max_lost_fraction": ["1", "-0.1"],
+        "context_length": ["0", "-1"],
         "packed_length": ["0"],
-        "pretraining_share": ["1", "-0.1"],
+        "pretraining_fraction": ["1", "-0.1"],
         "pretraining_dataset": ["text.txt"],
         "lora_rank": ["-1"],
         "lora_alpha": ["0", "8"],
@@ -146,7 +146,7 @@ RIGHT = {
         "metric_for_best_model": "eval_bits_per_byte",
         "include_num_input_tokens_seen": "false",
     },
-    "classify": {"max_train_examples": "1", "pipeline_examples": "0", "frozen_layers": "0", "layer_decay": "1"},
+    "classify": {"max_examples": "1", "pipeline_examples": "0", "frozen_layers": "0", "layer_decay": "1"},
     "sft": {"eval_answers": "0", "show_examples": "0", "lora_rank": "0", "learning_rate_factor": "0"},
 }
 
@@ -184,8 +184,8 @@ def test_what_a_run_inherits_is_checked():
 def test_objects_made_in_python_are_checked():
     with pytest.raises(ValueError, match="seed=-1"):
         PretrainArguments(seed=-1)
-    with pytest.raises(ValueError, match="max_train_examples=0"):
-        ReviewArguments(max_train_examples=0)
+    with pytest.raises(ValueError, match="max_examples=0"):
+        ReviewArguments(max_examples=0)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from datasets import Dataset
 
 from hf_minigpt.classification.arguments import (
     ClassificationArguments,
-    LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from hf_minigpt.training.lora import LoraArguments
 from tests.tiny import tiny_model
 
 
@@ -35,7 +35,7 @@ ARGUMENTS = {
         LoraArguments,
         SeedArguments,
     ),
-    "recipes/sft.py": (InstructionArguments, SFTArguments),
+    "recipes/sft.py": (InstructionArguments, SFTArguments, LoraArguments),
 }
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..flags import Condition, Needs, Range, Unique, check_arguments
+from ..flags import Condition, Range, Unique, check_arguments
 from ..training.arguments import COUNT, HELP, NOT_NEGATIVE, RATE, SEED, SHARE, RecipeArguments, best_by
 from .data import ReviewSplits, load_reviews
 
@@ -46,9 +46,7 @@ class ReviewArguments:
         default=0.1, metadata={"help": "Share of the training texts on which the best epoch is chosen."}
     )
     split_seed: Annotated[int, SEED] = field(default=0, metadata={"help": "Seed of the choice of the held-out texts."})
-    max_train_examples: Annotated[int | None, COUNT] = field(
-        default=None, metadata={"help": "Train on so many texts only."}
-    )
+    max_examples: Annotated[int | None, COUNT] = field(default=None, metadata={"help": "Train on so many texts only."})
     truncation: Literal["head", "tail", "head_tail", "windows"] = field(
         default="head_tail",
         metadata={
@@ -103,7 +101,7 @@ class ReviewArguments:
             test_fraction=self.test_fraction,
             validation_fraction=self.validation_fraction,
             split_seed=self.split_seed,
-            max_train_examples=self.max_train_examples,
+            max_examples=self.max_examples,
         )
 
 
@@ -115,26 +113,6 @@ class SeedArguments:
             "help": "Train once with each seed, in seed-N below output_dir, and keep the best. Default: --seed."
         },
     )
-
-
-@dataclass
-class LoraArguments:
-    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the classifier's head only."})
-    lora_r: Annotated[int, COUNT, Needs("lora")] = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: Annotated[int, COUNT, Needs("lora")] = field(
-        default=16, metadata={"help": "The adapters' output is scaled by alpha / r."}
-    )
-    lora_dropout: Annotated[float, SHARE, Needs("lora")] = field(
-        default=0.0, metadata={"help": "Dropout before the adapters."}
-    )
-    merge_lora: bool = field(
-        default=False, metadata={"help": "Save one model with the adapters added to its weights, not the adapters."}
-    )
-
-    def __post_init__(self):
-        check_arguments(self)
-        if self.merge_lora and not self.lora:
-            raise ValueError("merge_lora=True without lora=True: there is nothing to merge. Add --lora true.")
 
 
 @dataclass
@@ -194,7 +172,7 @@ class ClassificationArguments(RecipeArguments):
     token_dropout: Annotated[float, SHARE] = field(
         default=0.0, metadata={"help": "Share of the tokens that are blanked out in training, others in each epoch."}
     )
-    adversarial_share: Annotated[float, SHARE] = field(
+    adversarial_epsilon: Annotated[float, SHARE] = field(
         default=0.0,
         metadata={
             "help": "Learn each text with its embeddings moved to where the loss is higher, by this share of their "
@@ -221,10 +199,10 @@ class ClassificationArguments(RecipeArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor}: the Trainer then computes the loss itself, "
                 f"without the auxiliary one of auxiliary_lm_weight={self.auxiliary_lm_weight}. Leave one of them out."
             )
-        if self.adversarial_share and self.torch_compile:
+        if self.adversarial_epsilon and self.torch_compile:
             raise ValueError(
-                f"adversarial_share={self.adversarial_share} with torch_compile: the model would be compiled anew for "
-                "each batch. Leave one of them out."
+                f"adversarial_epsilon={self.adversarial_epsilon} with torch_compile: the model would be recompiled "
+                "for each batch. Leave one of them out."
             )
         default = RecipeArguments.__dataclass_fields__["per_device_train_batch_size"].default
         if self.per_device_train_batch_size != default or self.auto_find_batch_size:

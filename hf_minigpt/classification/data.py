@@ -111,7 +111,7 @@ def load_reviews(
     test_fraction: float | None = None,
     validation_fraction: float = 0.1,
     split_seed: int = 0,
-    max_train_examples: int | None = None,
+    max_examples: int | None = None,
 ) -> ReviewSplits:
     """Name a set of labelled texts, get its three splits.
 
@@ -130,7 +130,7 @@ def load_reviews(
         unlabelled_split: more texts for `pretraining_texts`, labels not read.
         test_fraction: share of the texts to hold out where there is no test split; None for 0.2.
         validation_fraction: share of what is left for training.
-        max_train_examples: use only so many for training, after all splits are made.
+        max_examples: use only so many for training, after all splits are made.
 
     Raises:
         ValueError: nothing there by that name, a column or a split that is not there, a value that is no text, a label
@@ -202,7 +202,7 @@ def load_reviews(
     return ReviewSplits(
         name=name,
         class_names=list(class_names),
-        train=train.select(rest[:max_train_examples]),
+        train=train.select(rest[:max_examples]),
         validation=train.select(held_out),
         test=test,
         unlabelled=[unlabelled[i] for i in kept],

@@ -15,13 +15,13 @@ from ..model.modeling_minigpt import MiniGPTForSequenceClassification
 from ..tokenization import load_tokenizer, train_tokenizer
 from ..training.arguments import ModelArguments
 from ..training.loading import DEFAULT_VOCAB_SIZE, build_config, context_length, load_base_model
-from .arguments import ClassificationArguments, LoraArguments
+from ..training.lora import LoraArguments
+from .arguments import ClassificationArguments
 from .data import ReviewSplits, Truncation, model_truncation
 
 
 # the tale reviews have some 200 words
 TALE_REVIEWS_VOCAB_SIZE = 512
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 def frame_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -135,30 +135,18 @@ def _tokenizer(model_args: ModelArguments, splits: ReviewSplits, length: int) ->
 
 def check_lora_possible(lora_args: LoraArguments, model_args: ModelArguments) -> None:
     """Raise ValueError for an adapter that nobody could load, before anything takes long."""
-    if not lora_args.lora or lora_args.merge_lora:
+    if not lora_args.saves_adapter:
         return
     if model_args.model is None:
-        raise ValueError("lora=True without --model: adapters need a model to be added to. Name it, or --merge_lora.")
+        raise ValueError(
+            f"lora_rank={lora_args.lora_rank} without --model: an adapter is saved without its base model. Name one "
+            "with --model, or add --merge_lora true."
+        )
     if conversion.detect_layout(model_args.model) != "minigpt":
         raise ValueError(
-            f"lora=True: adapters for a converted model do not fit {model_args.model!r} as it lies there. Convert it "
-            "first (recipes/convert.py), or add --merge_lora true."
+            f"lora_rank={lora_args.lora_rank}: adapters of a converted model do not fit {model_args.model!r}. "
+            "Convert the model first (recipes/convert.py), or add --merge_lora true."
         )
-
-
-def add_lora(model: MiniGPTForSequenceClassification, lora_args: LoraArguments) -> Any:
-    """The model with PEFT's adapters on all matrices of its blocks; beside them only the classifier's head learns."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=lora_args.lora_r,
-        lora_alpha=lora_args.lora_alpha,
-        lora_dropout=lora_args.lora_dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=["score"] if model.pool_query is None else ["score", "pool_query"],
-    )
-    return get_peft_model(model, config)
 
 
 def load_classifier(folder: str | Path) -> Any:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metrics import load_metric
 from ..training.arguments import ModelArguments
+from ..training.lora import LoraArguments
 from ..training.report import HYPERPARAMETERS, TrainingReport, plain
-from .arguments import ClassificationArguments, LoraArguments, ReviewArguments
+from .arguments import ClassificationArguments, ReviewArguments
 from .cards import CLASSIFICATION_METRICS, CLASSIFIER_USE
 from .data import LabelledTexts, ReviewRows, ReviewSplits
 from .metrics import confusion_matrix
@@ -24,7 +25,7 @@ from .plots import plot_confusion_matrix, plot_reliability
 
 CLASSIFICATION_HYPERPARAMETERS = (
     *("tokens_per_batch", "num_train_epochs", "pooling", "auxiliary_lm_weight", "dropout", "token_dropout"),
-    *("adversarial_share", "layer_decay", "frozen_layers", "early_stopping_patience"),
+    *("adversarial_epsilon", "layer_decay", "frozen_layers", "early_stopping_patience"),
 )
 
 LIMITS = (
@@ -106,7 +107,7 @@ def draw_figures(logits: torch.Tensor, splits: ReviewSplits, folder: str | Path)
 def ask_command(folder: str, lora_args: LoraArguments, text: str) -> str:
     """The command line that asks the classifier in a folder about a text."""
     load, what = "import hf_minigpt", f"model={folder!r}"
-    if lora_args.lora and not lora_args.merge_lora:
+    if lora_args.saves_adapter:
         load = "from hf_minigpt.classification.model import load_classifier"
         what = f"model=load_classifier({folder!r}), tokenizer={folder!r}"
     asked = f'pipeline("text-classification", {what})({text!r})'
@@ -142,8 +143,8 @@ def classification_report(
     config: Any = model.config
     hyperparameters = {name: plain(getattr(args, name)) for name in shown}
     hyperparameters |= {"truncation": review_args.truncation, "context_length": metrics["context_length"]}
-    if lora_args.lora:
-        hyperparameters |= {"lora_r": lora_args.lora_r, "lora_alpha": lora_args.lora_alpha}
+    if lora_args.lora_rank:
+        hyperparameters |= {"lora_rank": lora_args.lora_rank}
     figures = {name: metrics[f"test_{name}"] for name in CLASSIFICATION_METRICS if f"test_{name}" in metrics}
     return TrainingReport(
         name=args.hub_model_id or Path(args.output_dir or "").resolve().name,

@@ -65,7 +65,7 @@ class ClassificationTrainer(Trainer):
     Trainer of a MiniGPTForSequenceClassification on `ReviewRows`.
 
     - Batches are those of `TokenBudgetBatches`, `args.tokens_per_batch` tokens for each process.
-    - With `args.adversarial_share` texts are learned with `perturbed_embeddings`.
+    - With `args.adversarial_epsilon` texts are learned with `perturbed_embeddings`.
     - `evaluate()` reports `classification_metrics` of the evaluation rows.
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     - The training metrics have `train_examples_per_second`, evaluations not counted.
@@ -80,10 +80,10 @@ class ClassificationTrainer(Trainer):
                 "optimizer='muon' orthogonalises whole matrices, and DeepSpeed's ZeRO makes one long vector of them: "
                 "choose --optimizer adamw."
             )
-        if self._sharded and self.args.adversarial_share:
+        if self._sharded and self.args.adversarial_epsilon:
             raise ValueError(
-                f"adversarial_share={self.args.adversarial_share} needs the whole model on each device, and FSDP or "
-                "DeepSpeed shards it. Leave one of them out."
+                f"adversarial_epsilon={self.args.adversarial_epsilon} needs a whole model on each device, which FSDP "
+                "and DeepSpeed shard. Leave one of them out."
             )
         self._seconds_evaluating = 0.0
         self._num_examples = 0
@@ -126,7 +126,7 @@ class ClassificationTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        share = self.args.adversarial_share
+        share = self.args.adversarial_epsilon
         if share == 0 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with perturbed_embeddings(self.accelerator.unwrap_model(model), inputs, share):

@@ -51,7 +51,7 @@ class Documents:
 
     Args:
         read: gives the documents, each as its text or as the pieces that this is made of.
-        max_documents: the first so many only.
+        max_examples: the first so many only.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Documents:
         name: str,
         fingerprint: str,
         read: Callable[[], Iterable[Text]],
-        max_documents: int | None = None,
+        max_examples: int | None = None,
         *,
         can_be_split: bool = True,
     ):
@@ -68,7 +68,7 @@ class Documents:
         self.num_empty = 0
         self.can_be_split = can_be_split
         self._read = read
-        self._max_documents = max_documents
+        self._max_documents = max_examples
 
     def __iter__(self) -> Iterator[str]:
         return ("".join(pieces) for pieces in self.in_pieces())
@@ -99,7 +99,7 @@ def load_documents(
     text_column: str = "text",
     join_sentences: bool = False,
     document_separator: str | None = None,
-    max_documents: int | None = None,
+    max_examples: int | None = None,
 ) -> Documents:
     """Name a corpus, get its documents.
 
@@ -113,21 +113,21 @@ def load_documents(
         join_sentences: the rows (of a .txt file, its lines) are sentences, as in the classic BookCorpus: join them
             with line breaks into documents of about 100,000 characters.
         document_separator: text between the documents of a .txt file, such as `<|endoftext|>`.
-        max_documents: use only the first documents; for the tales, how many (30,000 by default).
+        max_examples: use only the first documents; for the tales, how many (30,000 by default).
 
     Raises:
         ValueError: nothing there by that name, nothing in it that can be read (the message names the file); files are
             looked into only by iteration.
     """
-    if max_documents is not None and max_documents < 1:
-        raise ValueError(f"max_documents={max_documents} leaves no text; use 1 or more, or leave it out")
-    options = {"text_column": text_column, "join_sentences": join_sentences, "max_documents": max_documents}
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples={max_examples} leaves no text; use 1 or more, or leave it out")
+    options = {"text_column": text_column, "join_sentences": join_sentences, "max_examples": max_examples}
     files = None if dataset is None else find_files(dataset)
     separator = _check_separator(files or [], document_separator, join_sentences)
     if separator is not None:
         options["document_separator"] = separator
     if dataset is None:
-        return _tales(max_documents or DEFAULT_NUM_TALES)
+        return _tales(max_examples or DEFAULT_NUM_TALES)
     if files is None:
         return _hub_documents(str(dataset), config_name, split, options)
 
@@ -136,7 +136,7 @@ def load_documents(
             texts = _read_file(file, text_column, join_sentences, separator)
             yield from (text for text, _ in _joined(map("".join, texts))) if join_sentences else texts
 
-    return Documents(str(dataset), _digest("files", _content(files), options), read, max_documents)
+    return Documents(str(dataset), _digest("files", _content(files), options), read, max_examples)
 
 
 class ShardedDocuments:
@@ -264,7 +264,7 @@ def _hub_documents(name: str, config_name: str | None, split: str, options: dict
         texts = _texts(rows, name, text_column)
         return (text for text, _ in _joined(texts)) if options["join_sentences"] else texts
 
-    return Documents(name, fingerprint, read, options["max_documents"])
+    return Documents(name, fingerprint, read, options["max_examples"])
 
 
 def _read_file(

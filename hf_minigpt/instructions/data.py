@@ -76,12 +76,13 @@ class RecordCounts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.lost.items())
         return f"{self.read:,} records, {self.num_lost:,} left out" + (f" ({reasons})" if reasons else "")
 
-    def check(self, max_lost: float) -> None:
+    def check(self, max_lost_fraction: float) -> None:
         """Raise ValueError if more than that share of the records is lost."""
-        if self.num_lost > max_lost * self.read:
+        if self.num_lost > max_lost_fraction * self.read:
             raise ValueError(
-                f"{self}: more than max_lost={max_lost:.0%} of them. Over-long ones need a larger --max_length (of a "
-                "model with a larger context), empty and duplicate ones a look at the data; or raise --max_lost."
+                f"{self}: more than max_lost_fraction={max_lost_fraction:.0%} of them. For over-long records raise "
+                "--context_length, as far as the model allows; for empty and duplicate ones check the data; or "
+                "raise --max_lost_fraction."
             )
 
 
@@ -322,7 +323,7 @@ def split_held_out(
             num += len(groups[nearest])
     if abs(num - fraction * total) > max(fraction * total / 3, 1):
         warnings.warn(
-            f"held_out_fraction={fraction:g} asks for {fraction * total:,.0f} of {total:,} conversations; {num:,} "
+            f"validation_fraction={fraction:g} asks for {fraction * total:,.0f} of {total:,} conversations; {num:,} "
             f"({num / total:.1%}) of {len(chosen):,} prompts are held out, since each of all {len(groups):,} "
             f"must stay whole and the largest has {max(map(len, groups)):,} conversations.",
             stacklevel=2,

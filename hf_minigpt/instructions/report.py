@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from ..training.lora import LoraArguments
 from ..training.report import HYPERPARAMETERS, TrainingReport, model_card
 from .trainer import Answer, InstructionArguments, InstructionData, SFTArguments
 
@@ -57,6 +58,7 @@ generation stops by itself.
 def sft_report(
     sft_args: InstructionArguments,
     args: SFTArguments,
+    lora_args: LoraArguments,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     data: InstructionData,
@@ -77,9 +79,11 @@ def sft_report(
     if args.optimizer == "muon":
         shown[2:2] = ["matrix_learning_rate", "embedding_learning_rate", "muon_scaling"]
     hyperparameters = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in shown}
-    for name in ("packing", "lora_rank", "pretraining_share", "train_on_prompt"):
+    for name in ("packing", "pretraining_fraction", "train_on_prompt"):
         if value := getattr(sft_args, name):
             hyperparameters[name] = value
+    if lora_args.lora_rank:
+        hyperparameters["lora_rank"] = lora_args.lora_rank
     config = model.config
     return TrainingReport(
         name=args.hub_model_id or Path(args.output_dir or "").resolve().name,

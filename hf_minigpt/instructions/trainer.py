@@ -88,15 +88,15 @@ class InstructionArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
-    max_records: Annotated[int | None, COUNT] = field(default=None, metadata={"help": "Use only the first records."})
-    held_out_fraction: Annotated[float, SHARE] = field(
+    train_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    max_examples: Annotated[int | None, COUNT] = field(default=None, metadata={"help": "Use only the first records."})
+    validation_fraction: Annotated[float, SHARE] = field(
         default=0.1, metadata={"help": "Share of the records that is held out, prompt by prompt."}
     )
     split_seed: Annotated[int, SEED] = field(
         default=0, metadata={"help": "Seed of the choice of the held-out prompts."}
     )
-    max_lost: Annotated[float, SHARE] = field(
+    max_lost_fraction: Annotated[float, SHARE] = field(
         default=0.1, metadata={"help": "Largest share of the records that may be empty, duplicate or over-long."}
     )
 
@@ -107,7 +107,7 @@ class InstructionArguments:
             "tokenizer has, else roles."
         },
     )
-    max_length: Annotated[int | None, COUNT] = field(
+    context_length: Annotated[int | None, COUNT] = field(
         default=None, metadata={"help": "Longest record in tokens. Default: the base model's context."}
     )
     packing: bool = field(
@@ -118,20 +118,12 @@ class InstructionArguments:
         metadata={"help": "Tokens in a packed row. Default: twice the longest record's, at most the context."},
     )
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn to write the prompts, too."})
-    pretraining_share: Annotated[float, SHARE] = field(
+    pretraining_fraction: Annotated[float, SHARE] = field(
         default=0.0, metadata={"help": "Share of the rows that are pretraining text, against forgetting."}
     )
-    pretraining_dataset: Annotated[str | None, Needs("pretraining_share")] = field(
+    pretraining_dataset: Annotated[str | None, Needs("pretraining_fraction")] = field(
         default=None, metadata={"help": "That text: as --dataset of pretrain.py; default: the tales."}
     )
-
-    lora_rank: Annotated[int, NOT_NEGATIVE] = field(
-        default=0, metadata={"help": "Train a LoRA adapter of this rank; 0: the whole model."}
-    )
-    lora_alpha: Annotated[int | None, COUNT, Needs("lora_rank")] = field(
-        default=None, metadata={"help": "Default: twice the rank."}
-    )
-    merge_lora: bool = field(default=False, metadata={"help": "Save base model and adapter as one model."})
 
     learning_rate_factor: Annotated[float, RATE] = field(
         default=0.5, metadata={"help": "Inherited learning rates are the pretraining run's times this."}
@@ -151,13 +143,8 @@ class InstructionArguments:
 
     def __post_init__(self):
         check_arguments(self)
-        if self.held_out_fraction == 0:
-            raise ValueError("held_out_fraction=0 leaves nothing to measure by: choose a share above 0.")
-        if self.merge_lora and not self.lora_rank:
-            raise ValueError(
-                f"lora_rank={self.lora_rank} with merge_lora={self.merge_lora}: set --lora_rank 16 or so for an "
-                "adapter, or leave out --merge_lora."
-            )
+        if self.validation_fraction == 0:
+            raise ValueError("validation_fraction=0 leaves nothing to measure by: choose a share above 0.")
 
 
 @dataclass
@@ -254,22 +241,6 @@ def prepare_for_chat(
     return new_ids
 
 
-def add_lora(model: Any, rank: int, alpha: int | None, new_ids: list[int]) -> Any:
-    """A LoRA adapter on every linear layer of the blocks; the embeddings of new ids are trained beside it."""
-    from peft import LoraConfig, get_peft_model
-
-    blocks = model.model.layers.named_modules()
-    targets = sorted({name.split(".")[-1] for name, module in blocks if isinstance(module, torch.nn.Linear)})
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=targets,
-        trainable_token_indices={"embed_tokens": new_ids} if new_ids else None,
-    )
-    return get_peft_model(model, config)
-
-
 def embedded_base_folder(cache_dir: str) -> Path:
     """Where the base model of a run without --model is kept: another place for another grammar or other flags."""
     content = f"{load_documents().fingerprint} {EMBEDDED_BASE_FLAGS}"
@@ -316,15 +287,15 @@ def open_conversations(args: InstructionArguments) -> Conversations:
         ValueError: too many records are lost, or too few are left to hold any out.
     """
     if args.dataset is None:
-        return Conversations(*tale_conversations(args.max_records))
-    records = load_records(args.dataset, args.dataset_config, args.dataset_split)
-    records = itertools.islice(records, args.max_records)
+        return Conversations(*tale_conversations(args.max_examples))
+    records = load_records(args.dataset, args.dataset_config, args.train_split)
+    records = itertools.islice(records, args.max_examples)
     separator = "\n\n### Input:\n" if args.chat_format == "alpaca" else "\n\n"
     conversations, counts = to_conversations(records, separator)
-    counts.check(args.max_lost)
+    counts.check(args.max_lost_fraction)
     if len(conversations) < 2:
         raise ValueError(f"{args.dataset}: {counts}; at least two are needed, one of them to be held out.")
-    return Conversations(*split_held_out(conversations, args.held_out_fraction, args.split_seed), counts)
+    return Conversations(*split_held_out(conversations, args.validation_fraction, args.split_seed), counts)
 
 
 def tokenize_splits(
@@ -333,16 +304,16 @@ def tokenize_splits(
     """Both splits as tokens.
 
     Args:
-        config: of the model, whose context is the default of `--max_length`.
+        config: of the model, whose context is the default of `--context_length`.
 
     Raises:
-        ValueError: too many records are lost, or `--max_length` is beyond the model's learned positions.
+        ValueError: too many records are lost, or `--context_length` is beyond the model's learned positions.
     """
     context = config.max_position_embeddings
-    max_length = args.max_length or context
+    max_length = args.context_length or context
     if max_length > context and config.position_embedding_type == "learned":
         raise ValueError(
-            f"max_length={max_length} is beyond the {context} learned positions of the base model: choose at most "
+            f"context_length={max_length} is beyond the {context} learned positions of the base model: choose at most "
             f"{context}."
         )
     counts = conversations.counts
@@ -350,10 +321,10 @@ def tokenize_splits(
         tokenizer, conversations.training, max_length, counts, train_on_prompt=args.train_on_prompt
     )
     held_out = tokenize_conversations(tokenizer, conversations.held_out, max_length, counts)
-    counts.check(args.max_lost)
+    counts.check(args.max_lost_fraction)
     for name, part in (("training", training), ("held-out", held_out)):
         if not len(part):
-            raise ValueError(f"{counts}: no {name} records are left. Raise --max_length, now {max_length}.")
+            raise ValueError(f"{counts}: no {name} records are left. Raise --context_length, now {max_length}.")
     return InstructionData(training, held_out, counts, max_length)
 
 
@@ -363,12 +334,12 @@ def training_rows(args: InstructionArguments, data: InstructionData, tokenizer: 
     # twice: enough room for the gaps to be filled, not so much that attention gets dear
     length = args.packed_length or max(longest, min(2 * longest, data.max_length))
     rows: Any = PackedRows(data.training, length, seed) if args.packing else ConversationRows(data.training)
-    if not args.pretraining_share:
+    if not args.pretraining_fraction:
         return rows
     text = load_documents(args.pretraining_dataset)
     with PartialState().main_process_first():
         corpus = prepare_corpus(text, tokenizer, args.cache_dir)
-    return MixedRows(rows, ShuffledDocumentRows(corpus.train, length, seed), args.pretraining_share)
+    return MixedRows(rows, ShuffledDocumentRows(corpus.train, length, seed), args.pretraining_fraction)
 
 
 # Training

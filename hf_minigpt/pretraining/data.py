@@ -24,7 +24,7 @@ def check_streaming(data_args: DataArguments, args: PretrainArguments) -> None:
     for is_wrong, message in (
         (args.max_steps <= 0, f"max_steps={args.max_steps}: a stream has no length; set --max_steps"),
         (data_args.dataset is None, "dataset=None: the tales need no streaming; name a corpus with --dataset"),
-        (data_args.max_documents is not None, "max_documents is not read; set --max_steps, leave out --max_documents"),
+        (data_args.max_examples is not None, "max_examples is not read; set --max_steps, leave out --max_examples"),
         (args.dataloader_num_workers > 0, "dataloader_num_workers: threads tokenize already; leave it out"),
         (args.auto_find_batch_size, "auto_find_batch_size would lose the place in the stream; leave it out"),
         (data_args.shuffle_characters < 1, "shuffle_characters must be at least 1"),
@@ -41,7 +41,7 @@ def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
         return stream_documents(
             args.dataset,
             config_name=args.dataset_config,
-            split=args.dataset_split,
+            split=args.train_split,
             text_column=args.text_column,
             join_sentences=args.join_sentences,
             document_separator=args.document_separator,
@@ -49,11 +49,11 @@ def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
     return load_documents(
         args.dataset,
         config_name=args.dataset_config,
-        split=args.dataset_split,
+        split=args.train_split,
         text_column=args.text_column,
         join_sentences=args.join_sentences,
         document_separator=args.document_separator,
-        max_documents=args.max_documents,
+        max_examples=args.max_examples,
     )
 
 

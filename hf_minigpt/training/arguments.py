@@ -245,7 +245,7 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     join_sentences: bool = field(
         default=False, metadata={"help": "The rows are sentences (classic BookCorpus): join them into documents."}
@@ -257,7 +257,7 @@ class DataArguments:
             "line. Default: a .txt file is one document."
         },
     )
-    max_documents: Annotated[int | None, COUNT] = field(
+    max_examples: Annotated[int | None, COUNT] = field(
         default=None, metadata={"help": "Use only the first documents."}
     )
     validation_fraction: Annotated[float, Range(above=0, below=1)] = field(
@@ -578,7 +578,7 @@ def parse(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        parser.error(f"unknown flag {unknown[0]}.{did_you_mean(name, known, prefix='--')}")
+        parser.error(f"unknown flag {unknown[0]}.{_renamed(name, known, '--') or did_you_mean(name, known, '--')}")
     flags: list[str] = []
     if namespace.config is not None:
         flags = _flags_of(_read_yaml(namespace.config, known, parser), parser)
@@ -586,6 +586,28 @@ def parse(
     check_flags(dataclass_types, vars(parser.parse_args(flags + given)))
     *parsed, _ = parser.parse_args_into_dataclasses(flags + given, look_for_args_file=False)
     return tuple(parsed)
+
+
+# Old names of flags, so that commands and YAML files of earlier versions fail with a remedy
+RENAMED = {
+    "held_out_fraction": "validation_fraction",
+    "max_documents": "max_examples",
+    "max_records": "max_examples",
+    "max_train_examples": "max_examples",
+    "max_length": "context_length",
+    "dataset_split": "train_split",
+    "max_lost": "max_lost_fraction",
+    "pretraining_share": "pretraining_fraction",
+    "adversarial_share": "adversarial_epsilon",
+    "lora_r": "lora_rank",
+    "lora": "lora_rank",
+}
+
+
+def _renamed(name: str, known: list[str], prefix: str = "") -> str:
+    """The sentence that names the new name of an old flag; empty if there is none."""
+    new = RENAMED.get(name)
+    return f" It is called {prefix}{new} now." if new in known else ""
 
 
 def _read_yaml(path: str, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:
@@ -597,7 +619,8 @@ def _read_yaml(path: str, known: list[str], parser: HfArgumentParser) -> dict[st
         parser.error(f"--config {path} must be a mapping of flags to values.")
     for key in values:
         if key not in known:
-            parser.error(f"--config {path}: unknown key {key!r}.{did_you_mean(str(key), known)}")
+            remedy = _renamed(str(key), known) or did_you_mean(str(key), known)
+            parser.error(f"--config {path}: unknown key {key!r}.{remedy}")
     return values
 
 

@@ -179,7 +179,7 @@ def main() -> None:
     rng = random.Random(args.seed)
 
     with tempfile.TemporaryDirectory() as work:
-        flags = ["--max_documents", "400"] if args.dataset is None else ["--dataset", args.dataset]
+        flags = ["--max_examples", "400"] if args.dataset is None else ["--dataset", args.dataset]
         flags += ["--cache_dir", f"{work}/cache", "--context_length", "64", "--per_device_train_batch_size", "8"]
         flags += ["--gradient_accumulation_steps", "2", "--max_steps", str(args.steps), "--use_cpu", "True"]
         flags += ["--config_overrides", "attn_pdrop=0.1", "resid_pdrop=0.1", "hidden_size=64", "num_hidden_layers=2"]

@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     use_all_cores(args.threads)
 
-    documents = load_documents(args.dataset, max_documents=None if args.dataset else 3000)
+    documents = load_documents(args.dataset, max_examples=None if args.dataset else 3000)
     tokenizer = train_tokenizer(documents, 1024, model_max_length=args.context_length, show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         rows = AlignedDocumentRows(prepare_corpus(documents, tokenizer, folder).train, args.context_length)

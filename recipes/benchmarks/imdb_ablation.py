@@ -31,7 +31,7 @@ FIXED = {
     "learning_rate": 2e-3,
     "matrix_learning_rate": 0.01,
     "embedding_learning_rate": 0.01,
-    "adversarial_share": 0,
+    "adversarial_epsilon": 0,
     "pipeline_examples": 0,
     "disable_tqdm": True,
 }
@@ -40,7 +40,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "mean": {"pooling": "mean"},
     "last token": {"pooling": "last"},
     "lambda 0.5": {"auxiliary_lm_weight": 0.5},
-    "adversarial embeddings": {"adversarial_share": 0.005},
+    "adversarial embeddings": {"adversarial_epsilon": 0.005},
     "no token dropout": {"token_dropout": 0},
     "one learning rate for all blocks": {"layer_decay": 1},
     "head": {"truncation": "head"},
@@ -62,7 +62,7 @@ def start_of(change: str, model: str) -> list[str]:
 
 def finetune(change: str, seed: int, args: argparse.Namespace, more: list[str]) -> dict[str, float]:
     """The metrics of one run of the recipe."""
-    flags = FIXED | {"max_train_examples": args.labels, "seed": seed} | CHANGES[change]
+    flags = FIXED | {"max_examples": args.labels, "seed": seed} | CHANGES[change]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(RECIPES / "finetune_imdb.py"), *start_of(change, args.model)]
         for name, value in flags.items():

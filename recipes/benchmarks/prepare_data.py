@@ -63,7 +63,7 @@ def main() -> None:
     # read by the tokenizers' thread pool, when it is first needed
     os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
 
-    texts = list(load_documents(args.dataset, max_documents=None if args.dataset else 15_000))
+    texts = list(load_documents(args.dataset, max_examples=None if args.dataset else 15_000))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(texts, args.vocab_size, model_max_length=1024, show_progress=False).save_pretrained(folder)

@@ -108,7 +108,7 @@ def measure(model, rows, collator: Counting, batch_size: int, seed: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="as in recipes/sft.py")
-    parser.add_argument("--max_records", type=int, default=400)
+    parser.add_argument("--max_examples", type=int, default=400)
     parser.add_argument("--accumulate", type=int, default=4, help="batches to an update")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
@@ -121,9 +121,9 @@ def main() -> None:
     use_all_cores(args.threads)
     set_seed(0)
     if args.dataset is None:
-        conversations, _, _ = tale_conversations(args.max_records, 9)
+        conversations, _, _ = tale_conversations(args.max_examples, 9)
     else:
-        conversations, _ = to_conversations(itertools.islice(load_records(args.dataset), args.max_records))
+        conversations, _ = to_conversations(itertools.islice(load_records(args.dataset), args.max_examples))
     texts = [message["content"] for conversation in conversations for message in conversation.messages]
     tokenizer = train_tokenizer(texts, args.vocab_size, model_max_length=1024, show_progress=False)
     add_chat_template(tokenizer)

@@ -62,7 +62,7 @@ def test_split_of_one_file(tmp_path):
     other = load_reviews(path, validation_fraction=0.25, test_fraction=0.2, split_seed=1)
     assert set(other.test.texts) != set(splits.test.texts)
     # less to train on moves nothing into or out of what is held out
-    fewer = load_reviews(path, validation_fraction=0.25, test_fraction=0.2, max_train_examples=5)
+    fewer = load_reviews(path, validation_fraction=0.25, test_fraction=0.2, max_examples=5)
     assert len(fewer.train) == 5 and (fewer.test, fewer.validation) == (splits.test, splits.validation)
 
 

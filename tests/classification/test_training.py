@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 from hf_minigpt import MiniGPTForSequenceClassification
-from hf_minigpt.classification.arguments import ClassificationArguments, LoraArguments, ReviewArguments
+from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments
 from hf_minigpt.classification.batching import ReviewCollator
 from hf_minigpt.classification.data import LabelledTexts, ReviewRows, ReviewSplits, clean_text, model_truncation
 from hf_minigpt.classification.metrics import (
@@ -20,7 +20,6 @@ from hf_minigpt.classification.metrics import (
     mcnemar_test,
 )
 from hf_minigpt.classification.model import (
-    add_lora,
     build_classifier,
     check_lora_possible,
     frame_with_end_of_text,
@@ -34,6 +33,7 @@ from hf_minigpt.classification.trainer import (
 )
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import ModelArguments
+from hf_minigpt.training.lora import LoraArguments, add_lora
 from tests.tiny import tiny_model
 
 
@@ -104,20 +104,20 @@ def test_a_stock_pipeline_reads_long_texts_as_the_training_did(tokenizer, tmp_pa
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
-def loss_of_one(model, row, adversarial_share=0.0):
+def loss_of_one(model, row, adversarial_epsilon=0.0):
     """The loss of a review by itself, its embeddings moved along the gradient."""
     embeddings, labels = model.model.embed_tokens(row["input_ids"][None]), torch.tensor([row["labels"]])
     (slope,) = torch.autograd.grad(model(inputs_embeds=embeddings, labels=labels).loss, embeddings)
-    moved = embeddings + adversarial_share * embeddings.detach().norm() * slope / slope.norm()
+    moved = embeddings + adversarial_epsilon * embeddings.detach().norm() * slope / slope.norm()
     return model(inputs_embeds=moved, labels=labels).loss
 
 
-@pytest.mark.parametrize("adversarial_share", [0.0, 0.1])
-def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversarial_share, tmp_path):
+@pytest.mark.parametrize("adversarial_epsilon", [0.0, 0.1])
+def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversarial_epsilon, tmp_path):
     reference = classifier(tokenizer)
     rows = ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
-    losses = torch.stack([loss_of_one(reference, row, adversarial_share) for row in rows])
-    if adversarial_share:
+    losses = torch.stack([loss_of_one(reference, row, adversarial_epsilon) for row in rows])
+    if adversarial_epsilon:
         assert (losses > torch.stack([loss_of_one(reference, row) for row in rows])).all()
     losses.mean().backward()
     model = classifier(tokenizer)
@@ -125,7 +125,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversar
     options = {"optimizer": "trainer", "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     options |= {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "no"}
     options |= {"load_best_model_at_end": False, "early_stopping_patience": None, "weight_decay": 0.0}
-    options["adversarial_share"] = adversarial_share
+    options["adversarial_epsilon"] = adversarial_epsilon
     # all batches of an epoch in one step, of different numbers of reviews
     trainer = trainer_of(tmp_path, tokenizer, model, gradient_accumulation_steps=50, **options)
     assert len({len(batch) for batch in trainer.get_train_dataloader().batch_sampler}) > 1
@@ -237,7 +237,7 @@ def test_from_a_gpt2(tmp_path):
     with pytest.raises(ValueError, match="32 learned positions"):
         build_classifier(ModelArguments(model=str(tmp_path), context_length=64), arguments(tmp_path), SPLITS, "head")
     with pytest.raises(ValueError, match="merge_lora"):
-        check_lora_possible(LoraArguments(lora=True), ModelArguments(model=str(tmp_path)))
+        check_lora_possible(LoraArguments(lora_rank=8), ModelArguments(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
@@ -245,7 +245,7 @@ def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path, pooling
     tiny_model("modern", vocab_size=320, unpadded_vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0,
                pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path / "base")  # fmt: skip
     tokenizer.save_pretrained(tmp_path / "base")
-    lora_args = LoraArguments(lora=True, lora_r=4)
+    lora_args = LoraArguments(lora_rank=4)
     model_args = ModelArguments(model=str(tmp_path / "base"), context_length=LENGTH)
     check_lora_possible(lora_args, model_args)
     model, _ = build_classifier(model_args, arguments(tmp_path, pooling=pooling), SPLITS, "head")
@@ -329,8 +329,8 @@ def test_evaluators_accuracy_is_ours(tokenizer):
     [
         ({"token_dropout": 1.0}, "token_dropout=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
-        ({"adversarial_share": 1.0}, "adversarial_share=1.0"),
-        ({"adversarial_share": 0.01, "torch_compile": True}, "adversarial_share=0.01 with torch_compile"),
+        ({"adversarial_epsilon": 1.0}, "adversarial_epsilon=1.0"),
+        ({"adversarial_epsilon": 0.01, "torch_compile": True}, "adversarial_epsilon=0.01 with torch_compile"),
         ({"frozen_layers": -1}, "frozen_layers=-1"),
         ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 needs"),
         ({"per_device_train_batch_size": 16}, "tokens_per_batch"),
@@ -354,4 +354,4 @@ def test_other_contradictions_are_named():
     with pytest.raises(ValueError, match="must end in"):
         ReviewArguments(write_training_texts="a.csv")
     with pytest.raises(ValueError, match="without --model"):
-        check_lora_possible(LoraArguments(lora=True), ModelArguments())
+        check_lora_possible(LoraArguments(lora_rank=8), ModelArguments())

@@ -133,9 +133,9 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
 
 def test_max_documents(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("", "x", "y", "z")])
-    assert list(load_documents(tmp_path, max_documents=2)) == ["x", "y"]
-    with pytest.raises(ValueError, match="max_documents=0"):
-        load_documents(tmp_path, max_documents=0)
+    assert list(load_documents(tmp_path, max_examples=2)) == ["x", "y"]
+    with pytest.raises(ValueError, match="max_examples=0"):
+        load_documents(tmp_path, max_examples=0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_fingerprint_follows_content_and_options(tmp_path):
         return [
             load_documents(tmp_path).fingerprint,
             load_documents(tmp_path, text_column="n").fingerprint,
-            load_documents(tmp_path, max_documents=3).fingerprint,
+            load_documents(tmp_path, max_examples=3).fingerprint,
             load_documents(tmp_path, join_sentences=True).fingerprint,
         ]
 
@@ -231,10 +231,10 @@ def test_fingerprint_follows_content_and_options(tmp_path):
 
 
 def test_tales():
-    documents = load_documents(max_documents=20)
+    documents = load_documents(max_examples=20)
     assert list(documents) == list(tales(20, 0))
-    assert documents.fingerprint == load_documents(None, max_documents=20).fingerprint
-    assert documents.fingerprint != load_documents(max_documents=21).fingerprint
+    assert documents.fingerprint == load_documents(None, max_examples=20).fingerprint
+    assert documents.fingerprint != load_documents(max_examples=21).fingerprint
 
 
 def test_sentences_are_joined_into_documents(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ class TestHub:
         documents = load_documents("owner/books-1.0", config_name="plain", split="train[:1%]")
         assert hub == [("owner/books-1.0", "plain", "train[:1%]")]
         assert list(documents) == TEXTS
-        assert list(load_documents("imdb", max_documents=2)) == TEXTS[:2]
+        assert list(load_documents("imdb", max_examples=2)) == TEXTS[:2]
 
     def test_fingerprint(self, hub):
         fingerprint = load_documents("owner/books").fingerprint

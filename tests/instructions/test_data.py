@@ -182,7 +182,7 @@ def test_what_is_left_out_is_counted():
     assert dict(counts.lost) == {"duplicate": 1, "empty": 2, "over-long": 1}
     assert str(counts) == "6 records, 4 left out (1 duplicate, 2 empty, 1 over-long)"
     counts.check(0.7)
-    with pytest.raises(ValueError, match=r"4 left out.*more than max_lost=60%.*--max_length"):
+    with pytest.raises(ValueError, match=r"4 left out.*more than max_lost_fraction=60%.*--context_length"):
         counts.check(0.6)
     # an exact fit is none too long
     length = int(data.lengths.max())

@@ -29,7 +29,6 @@ from hf_minigpt.instructions.trainer import (
     Answer,
     InstructionTrainer,
     SFTArguments,
-    add_lora,
     answer_all,
     answer_metrics,
     inherited_settings,
@@ -37,6 +36,7 @@ from hf_minigpt.instructions.trainer import (
 )
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
 from hf_minigpt.training.arguments import PretrainArguments
+from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.trainer import end_training
 from tests.tiny import tiny_model
@@ -295,7 +295,7 @@ def test_an_adapter_trains_the_new_tokens_and_comes_back(name, tmp_path):
     del plain
     base = MiniGPTForCausalLM.from_pretrained(tmp_path / "base")
     new_ids = tokenizer.convert_tokens_to_ids(["<|system|>", "<|user|>", "<|assistant|>"])
-    model = add_lora(base, 4, None, new_ids)
+    model = add_lora(base, LoraArguments(lora_rank=4), new_ids)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert len([key for key in trained if "lora_" in key]) == 2 * 2 * 6 and any(
         "trainable_tokens" in k for k in trained

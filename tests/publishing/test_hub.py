@@ -172,7 +172,7 @@ def test_a_climb_is_pushed_whole(hub, online, tmp_path, monkeypatch):
     import ladder
 
     output = tmp_path / "climb"
-    flags = ["--output_dir", str(output), "--cache_dir", str(tmp_path / "cache"), "--max_documents", "60"]
+    flags = ["--output_dir", str(output), "--cache_dir", str(tmp_path / "cache"), "--max_examples", "60"]
     short = ["--max_steps", "2", "--eval_batches", "1", "--rungs", "bigram", "one-head", "--report_to", "none"]
     ladder.main([*flags, *short, "--push_to_hub", "true", "--hub_token", TOKEN])
     repo = hub.repos["models", "someone/climb"]

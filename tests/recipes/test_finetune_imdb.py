@@ -15,7 +15,6 @@ from transformers import pipeline
 
 from hf_minigpt.classification.arguments import (
     ClassificationArguments,
-    LoraArguments,
     ReviewArguments,
     SeedArguments,
 )
@@ -23,6 +22,7 @@ from hf_minigpt.classification.data import text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
 from hf_minigpt.training.arguments import ModelArguments, parse
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
+from hf_minigpt.training.lora import LoraArguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
 
 def test_adapters_merged_and_not(pretrained, folder, data_flags, capsys):
     flags = [*data_flags, "--model", str(pretrained), "--num_train_epochs", "1", "--tokens_per_batch", "1024"]
-    flags += ["--lora", "true", "--optimizer", "adamw", "--pipeline_examples", "4", *QUIET]
+    flags += ["--lora_rank", "8", "--optimizer", "adamw", "--pipeline_examples", "4", *QUIET]
     adapters, merged = folder / "adapters", folder / "merged"
     first = finetune_imdb.main([*flags, "--output_dir", str(adapters)])
     assert (adapters / "adapter_model.safetensors").is_file() and not (adapters / "model.safetensors").exists()
@@ -122,7 +122,7 @@ def test_mistakes_end_before_any_work(data_flags, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="scikit-learn"):
         finetune_imdb.main([*data_flags, "--baseline", "true"])
     with pytest.raises(ValueError, match="without --model"):
-        finetune_imdb.main([*data_flags, "--lora", "true"])
+        finetune_imdb.main([*data_flags, "--lora_rank", "8"])
     checkpoint = tmp_path / "seed-2" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     seal_checkpoint(checkpoint, {})

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_minigpt.presets import BABY_RUNGS
 
 
-TINY = ["--max_steps", "2", "--eval_steps", "1", "--eval_batches", "1", "--max_documents", "60"]
+TINY = ["--max_steps", "2", "--eval_steps", "1", "--eval_batches", "1", "--max_examples", "60"]
 
 
 def run(tmp_path, *flags: str) -> dict[str, float]:
@@ -49,7 +49,7 @@ def test_every_rung_is_trained_saved_and_drawn(climbed):
 def test_the_loss_falls_where_it_should(tmp_path):
     """A shorter climb of four rungs: attention beats the bigram, and a deep stack needs its residual connections."""
     rungs = ["bigram", "feed-forward", "blocks", "residual"]
-    small = ["--max_steps", "1000", "--eval_steps", "1000", "--eval_batches", "40", "--max_documents", "600"]
+    small = ["--max_steps", "1000", "--eval_steps", "1000", "--eval_batches", "40", "--max_examples", "600"]
     metrics = run(tmp_path, "--rungs", *rungs, *small, "--config_overrides", "num_hidden_layers=4")
     bigram, attention, blocks, residual = (metrics[f"{name}_eval_loss"] for name in rungs)
     assert attention < bigram - 0.05

@@ -115,10 +115,10 @@ def test_windows_cover_all_lengths():
 
 
 def test_the_default_corpus_is_what_pretraining_holds_out(models, capsys, tmp_path):
-    flags = ["--cpu_threads", "1", "--max_documents", "60", "--validation_fraction", "0.2", "--split_seed", "3"]
+    flags = ["--cpu_threads", "1", "--max_examples", "60", "--validation_fraction", "0.2", "--split_seed", "3"]
     results = perplexity.main([str(models / "modern"), *flags])
     tokenizer = AutoTokenizer.from_pretrained(models / "modern")
-    documents = load_documents(max_documents=60)
+    documents = load_documents(max_examples=60)
     corpus = prepare_corpus(documents, tokenizer, tmp_path, validation_fraction=0.2, seed=3)
     held_out = decode_documents(corpus.validation, tokenizer)
     assert results[str(models / "modern")]["bytes"] == sum(len(text.encode()) for text in held_out)
@@ -201,7 +201,7 @@ def test_each_result_is_kept_as_it_comes(models, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flag",
     [
-        *(["--stride", "0"], ["--context_length", "-1"], ["--tokens_per_batch", "0"], ["--max_documents", "0"]),
+        *(["--stride", "0"], ["--context_length", "-1"], ["--tokens_per_batch", "0"], ["--max_examples", "0"]),
         *(["--validation_fraction", "nan"], ["--split_seed", "-1"], ["--cpu_threads", "0"], ["--dtype", "flaot32"]),
         ["--output", "nowhere/figures.json"],
     ],

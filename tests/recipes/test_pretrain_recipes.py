@@ -135,7 +135,7 @@ def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, fo
 def test_without_arguments_it_is_the_tales(folder, monkeypatch):
     """Everything but the size of the job is the default's."""
     monkeypatch.chdir(folder)
-    small = ["--max_documents", "80", "--max_steps", "2", "--context_length", "64", "--cpu_threads", "1"]
+    small = ["--max_examples", "80", "--max_steps", "2", "--context_length", "64", "--cpu_threads", "1"]
     metrics = pretrain.main([*small, "--cache_dir", str(folder / "cache"), "--disable_tqdm", "true"])
     assert (folder / "runs/pretrain/model.safetensors").is_file()
     assert 0 < metrics["eval_entropy_bits_per_byte"] < metrics["eval_bits_per_byte"]

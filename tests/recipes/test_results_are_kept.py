@@ -55,7 +55,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     cache = ["--cache_dir", str(folder / "cache")]
     no_evaluation = ["--eval_strategy", "no"]
-    tales = [*QUICK, *cache, "--max_documents", "40", "--per_device_train_batch_size", "2", *no_evaluation, *TINY]
+    tales = [*QUICK, *cache, "--max_examples", "40", "--per_device_train_batch_size", "2", *no_evaluation, *TINY]
     base = folder / "base"
     pretrain.main([*tales, "--output_dir", str(base)])
     records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(20)]
@@ -66,7 +66,7 @@ def shared(tmp_path_factory):
     (folder / "reviews.yaml").write_text("early_stopping_patience: null\nload_best_model_at_end: false\n")
     compared = ["--config", str(folder / "reviews.yaml"), "--baseline", "true", "--pipeline_examples", "2"]
     compared += ["--tokens_per_batch", "512", *no_evaluation]
-    rungs = ["--rungs", "bigram", "one-head", "--eval_batches", "1", "--max_documents", "40"]
+    rungs = ["--rungs", "bigram", "one-head", "--eval_batches", "1", "--max_examples", "40"]
     return {
         pretrain: tales,
         pretrain_loop: tales,

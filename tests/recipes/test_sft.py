@@ -63,7 +63,7 @@ def test_an_assistant_that_answers_and_stops(base, records, folder, capsys):
     metrics = sft.main(flags(base, records, output, *more))
     out = capsys.readouterr().out
     assert "62 records, 2 left out (1 duplicate, 1 empty)" in out
-    assert "max_length=48" in out and "optimizer=muon" in out and "matrix_learning_rate=0.01" in out
+    assert "context_length=48" in out and "optimizer=muon" in out and "matrix_learning_rate=0.01" in out
     assert "\033[32m" in out and "<|endoftext|>\033[0m" in out
     assert metrics["eval_perplexity"] < 0.5 * metrics["before_perplexity"]
     assert metrics["eval_exact_match"] > 0.5 and metrics["eval_answers_ended"] == 1
@@ -126,8 +126,8 @@ def test_a_stopped_run_is_resumed_to_the_same_end(base, records, folder):
 
 def test_padded_rows_with_text_beside_them(base, records, folder):
     output = folder / "mixed"
-    more = ["--packing", "false", "--pretraining_share", "0.3", "--pretraining_dataset", str(folder / "text.txt")]
-    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--max_length", "400"]
+    more = ["--packing", "false", "--pretraining_fraction", "0.3", "--pretraining_dataset", str(folder / "text.txt")]
+    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--context_length", "400"]
     metrics = sft.main(flags(base, records, output, *more, *cache, "--num_train_epochs", "2"))
     assert metrics["eval_loss"] < metrics["before_loss"]
     assert "### Response:" in AutoTokenizer.from_pretrained(output).chat_template
@@ -138,10 +138,10 @@ def test_padded_rows_with_text_beside_them(base, records, folder):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max_length", "12"], "over-long.*more than max_lost"),
-        (["--max_lost", "0.01"], "1 duplicate, 1 empty.*more than max_lost=1%"),
-        (["--merge_lora", "true"], "lora_rank=0 with merge_lora=True"),
-        (["--held_out_fraction", "0"], "leaves nothing to measure by"),
+        (["--context_length", "12"], "over-long.*more than max_lost_fraction"),
+        (["--max_lost_fraction", "0.01"], "1 duplicate, 1 empty.*more than max_lost_fraction=1%"),
+        (["--merge_lora", "true"], "merge_lora=True with lora_rank=0"),
+        (["--validation_fraction", "0"], "leaves nothing to measure by"),
         (["--dataset", "nothing.json"], "no file or folder nothing.json"),
     ],
 )
@@ -153,16 +153,16 @@ def test_what_cannot_be_is_said(more, message, base, records, folder):
 def test_without_arguments_it_is_the_tales(folder, monkeypatch):
     """Everything but the size of the job is the default's; the base model is made once."""
     monkeypatch.chdir(folder)
-    small = ["--max_documents", "60", "--max_steps", "2", "--context_length", "64"]
+    small = ["--max_examples", "60", "--max_steps", "2", "--context_length", "64"]
     monkeypatch.setattr("hf_minigpt.instructions.trainer.EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr(sft, "EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr("hf_minigpt.instructions.data.NUM_HELD_OUT_TALE_RECORDS", 16)
     more = [
         "--cache_dir",
         str(folder / "cache"),
-        "--max_length",
+        "--context_length",
         "256",
-        "--max_records",
+        "--max_examples",
         "40",
         "--max_steps",
         "2",
@@ -181,7 +181,7 @@ def test_without_arguments_it_is_the_tales(folder, monkeypatch):
 def test_config(path, base, records, folder):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert re.search(r"recipes/sft\.py", path.read_text(encoding="utf-8")) and "dataset" in values
-    small = ["--max_steps", "2", "--max_length", "400", "--per_device_train_batch_size", "2"]
+    small = ["--max_steps", "2", "--context_length", "400", "--per_device_train_batch_size", "2"]
     small += ["--gradient_accumulation_steps", "1", "--eval_answers", "4"]
     metrics = sft.main(["--config", str(path), *flags(base, records, folder / path.stem, *small)])
     assert metrics["eval_loss"] > 0

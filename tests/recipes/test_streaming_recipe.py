@@ -50,7 +50,7 @@ def test_a_resumed_stream_ends_with_the_same_weights(arguments, tmp_path):
     ("wrong", "message"),
     [
         (["--max_steps", "-1"], "streaming=True with max_steps=-1: a stream has no length; set --max_steps"),
-        (["--max_documents", "9"], "leave out --max_documents"),
+        (["--max_examples", "9"], "leave out --max_examples"),
         (["--dataloader_num_workers", "2"], "dataloader_num_workers"),
     ],
 )

@@ -84,6 +84,17 @@ def test_mistakes_in_yaml_end_the_program_with_a_message(text, message, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("old", "new"), [("max_documents", "max_examples"), ("dataset_split", "train_split"), ("misspelt_split", None)]
+)
+def test_old_names_are_answered_with_the_new_ones(old, new, tmp_path, capsys):
+    for arguments in ([f"--{old}", "3"], ["--config", write_yaml(tmp_path, f"{old}: 3")]):
+        with pytest.raises(SystemExit):
+            parse(ALL, arguments)
+        error = capsys.readouterr().err
+        assert (f"It is called --{new} now" in error or f"It is called {new} now" in error) == (new is not None)
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--optim", "sgd"], "optim='sgd' is read only with"),

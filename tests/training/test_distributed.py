@@ -206,7 +206,7 @@ def classify(folder: Path) -> torch.Tensor:
     tokenizer = train_tokenizer(texts, 320, model_max_length=24, show_progress=False)
     args = ClassificationArguments(
         str(folder / f"classifier_{world_size}"),
-        adversarial_share=0.01,
+        adversarial_epsilon=0.01,
         auxiliary_lm_weight=0.5,
         tokens_per_batch=64,
         gradient_accumulation_steps=2 // world_size,
@@ -372,7 +372,7 @@ def test_muon_under_deepspeed_is_refused(folder, monkeypatch):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fsdp2_by_accelerate(optimizer, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/fsdp2.yaml"]
-    command += ["--num_processes", str(torch.cuda.device_count()), "recipes/pretrain.py", "--max_documents", "400"]
+    command += ["--num_processes", str(torch.cuda.device_count()), "recipes/pretrain.py", "--max_examples", "400"]
     command += ["--optimizer", optimizer, "--save_steps", "5", "--cache_dir", str(tmp_path / "cache")]
     command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--resume_from_checkpoint", "auto"]
     for _ in range(2):

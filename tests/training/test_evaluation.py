@@ -26,7 +26,7 @@ CONTEXT = 48
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    documents = load_documents(None, max_documents=60)
+    documents = load_documents(None, max_examples=60)
     tokenizer = train_tokenizer(documents, 384, model_max_length=CONTEXT, show_progress=False)
     return tokenizer, prepare_corpus(documents, tokenizer, tmp_path_factory.mktemp("cache"))
 
