@@ -25,7 +25,10 @@ from tests.model.test_generation import tiny_tokenizer
 from tests.tiny import random_ids, tiny_config, tiny_model
 
 
-CODE = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}
+CODE = {
+    f"{part}_minigpt.py"
+    for part in ("configuration", "modeling", "attention", "loss", "pooling", "generation", "products")
+}
 
 # First thing in a process: the package cannot be found, as on a machine where it was never installed.
 WITHOUT_THE_PACKAGE = """

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import hf_minigpt.model.generation_minigpt as generation
 from hf_minigpt.deploy.quantization import Int8Linear, quantize_int8
-from hf_minigpt.model.generation_minigpt import Decoding, GrowingLayer, grow_in_place
+from hf_minigpt.model.generation_minigpt import GrowingLayer, SingleTokenDecoder, use_growing_layers
 from hf_minigpt.model.products_minigpt import few_rows_linear
 from tests.model.test_generation import by_hand, greedy
 from tests.tiny import SWITCHES, random_ids, tiny_model
@@ -21,14 +21,14 @@ from tests.tiny import SWITCHES, random_ids, tiny_model
 def count_steps(monkeypatch):
     """How often the fast step was taken."""
     taken = []
-    step = Decoding.step
+    step = SingleTokenDecoder.step
 
     def counted(self, *args):
         logits = step(self, *args)
         taken.append(logits is not None)
         return logits
 
-    monkeypatch.setattr(Decoding, "step", counted)
+    monkeypatch.setattr(SingleTokenDecoder, "step", counted)
     return lambda: sum(taken)
 
 
@@ -171,7 +171,7 @@ def test_a_copy_of_the_model_has_no_part_in_the_weights():
     ids = random_ids(1, 9)
     step_logits(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.decoding.blocks
+        assert not twin.fast_decoder.blocks
         torch.nn.init.normal_(twin.lm_head.weight)
         torch.testing.assert_close(step_logits(twin, ids), twin(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
 
@@ -182,7 +182,7 @@ def test_the_growing_cache_is_a_dynamic_cache():
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         ours, theirs = DynamicCache(), DynamicCache()
-        grow_in_place(ours)
+        use_growing_layers(ours)
         rows = 2
         for _ in range(30):
             action = int(torch.randint(8, (), generator=generator))

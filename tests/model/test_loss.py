@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from hf_minigpt import MiniGPTForCausalLM
-from hf_minigpt.model import functional_minigpt
+from hf_minigpt.model import loss_minigpt
 from tests.tiny import SWITCHES, gradients, random_ids, tiny_model
 
 
@@ -16,7 +16,7 @@ LOSS_SWITCHES = ["gpt2", "transformer", "modern", "rope"]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """The fewest rows a chunk may have: the tiny batches of these tests would fit into one otherwise."""
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", 1)
 
 
 def batch(rows=14, length=11):
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_the_definition(name, skip_logits):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("elements", [1, 2**23])
 def test_linear_cross_entropy_equals_autograd(elements, with_bias, softcap, monkeypatch):
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", elements)
     hidden = torch.randn(150, 24, requires_grad=True)
     weight = torch.randn(72, 24, requires_grad=True)
     bias = torch.randn(72, requires_grad=True) if with_bias else None
@@ -83,7 +83,7 @@ def test_linear_cross_entropy_equals_autograd(elements, with_bias, softcap, monk
     expected = (losses * row_weights).sum()
     expected_correct = (logits[:, :67].argmax(1) == targets).sum()
 
-    total, correct = functional_minigpt.linear_cross_entropy(
+    total, correct = loss_minigpt.linear_cross_entropy(
         hidden, weight, bias, targets, row_weights=row_weights, softcap=softcap, num_ids=67, count_correct=True
     )
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-3)
@@ -384,7 +384,7 @@ def test_a_scaled_loss_differentiates_by_its_scale():
     targets = torch.randint(9, (40,))
     results = []
     for loss in (
-        functional_minigpt.linear_cross_entropy(hidden, weight, None, targets)[0],
+        loss_minigpt.linear_cross_entropy(hidden, weight, None, targets)[0],
         F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"),
     ):
         (grad,) = torch.autograd.grad(loss * scale, hidden, create_graph=True)

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from hf_minigpt import MiniGPTForSequenceClassification
-from hf_minigpt.model import functional_minigpt
+from hf_minigpt.model import loss_minigpt
 from hf_minigpt.model import products_minigpt as products
-from hf_minigpt.model.functional_minigpt import linear_cross_entropy
+from hf_minigpt.model.loss_minigpt import linear_cross_entropy
 from tests.tiny import SWITCHES, gradients, random_ids, tiny_model
 
 
@@ -28,7 +28,7 @@ def onednn(monkeypatch):
         calls.append((tuple(left.shape), tuple(right.shape)))
         return run(left, right, bias)
 
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "MIN_ROWS", 1)
     monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(products, "run_onednn", counted)
@@ -96,8 +96,8 @@ def test_model_on_onednn_is_the_model(name, skip_logits, onednn):
 
 @needs_onednn
 def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
-    monkeypatch.setattr(functional_minigpt, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(loss_minigpt, "MIN_CHUNK_ROWS", 4)
     hidden, weight, bias = operands((11, 8), 13)
     targets = torch.arange(11)
     loss, hits = linear_cross_entropy(hidden, weight, bias, targets, softcap=5.0, num_ids=12, count_correct=True)
@@ -141,20 +141,20 @@ def test_few_shapes_for_many_lengths(onednn):
         products.linear(inputs, weight, bias).sum().backward()
         assert inputs.grad.shape == (length, 4)
         linear_cross_entropy(inputs, weight, bias, torch.arange(length) % 5)[0].backward()
-    numbers = {products.aligned(length) for length in range(1, 400)}
+    numbers = {products.round_up_rows(length) for length in range(1, 400)}
     assert len(numbers) == 16 + 8 + 4 + 1
     assert {shape[0] for shape, _ in onednn} <= numbers | {4, 5}
     assert {shape[1] for shape, _ in onednn} <= numbers | {4, 5}
-    assert all(length <= products.aligned(length) < length * 1.125 + 8 for length in range(1, 5000))
-    assert [products.aligned(2**i) for i in range(3, 20)] == [2**i for i in range(3, 20)]
+    assert all(length <= products.round_up_rows(length) < length * 1.125 + 8 for length in range(1, 5000))
+    assert [products.round_up_rows(2**i) for i in range(3, 20)] == [2**i for i in range(3, 20)]
 
 
 def test_sizes_decide(monkeypatch):
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     weight = torch.zeros(1024, 512)
-    assert products.takes_onednn(torch.zeros(8, 512), weight)
-    assert not products.takes_onednn(torch.zeros(7, 512), weight)
-    assert not products.takes_onednn(torch.zeros(8, 64), weight[:, :64])
+    assert products.uses_onednn(torch.zeros(8, 512), weight)
+    assert not products.uses_onednn(torch.zeros(7, 512), weight)
+    assert not products.uses_onednn(torch.zeros(8, 64), weight[:, :64])
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_sizes_decide(monkeypatch):
     ],
 )
 def test_processors(cpuinfo, capability, expected, monkeypatch):
-    monkeypatch.setattr(products, "processor", lambda: cpuinfo)
+    monkeypatch.setattr(products, "processor_description", lambda: cpuinfo)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.prefers_onednn.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    assert products.onednn_is_faster.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not products.prefers_onednn.__wrapped__()
+    assert not products.onednn_is_faster.__wrapped__()
 
 
 def quantized(dtype):

@@ -6,7 +6,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
-from hf_minigpt.model.functional_minigpt import apply_rotary
+from hf_minigpt.model.attention_minigpt import apply_rotary
 from tests.tiny import NO_DROPOUT, random_ids
 
 
