@@ -332,26 +332,25 @@ class SingleTokenBlock:
     """`MiniGPTBlock` for one token per row, with hidden states (B, C)."""
 
     def __init__(self, block: Module):
-        self.block, self.attention, self.layer_idx = block, block.self_attn, block.self_attn.layer_idx
-        self.head_dim, self.scaling = self.attention.head_dim, self.attention.scaling
+        self.attention = attention = block.self_attn
+        self.branch_input, self.add_branch = block.branch_input, block.add_branch
         self.input_norm = norm_function(block.input_layernorm)
         self.mlp_norm = norm_function(block.post_attention_layernorm)
-        attention = self.attention
         self.project_qkv = joint_linear_function([attention.q_proj, attention.k_proj, attention.v_proj])
         self.project_output = linear_function(attention.o_proj)
-        self.has_mlp = block.mlp is not None
+        self.layer_idx, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        self.has_head_mask, self.has_mlp = attention.head_mask is not None, block.mlp is not None
         if self.has_mlp:
             self.act_fn = block.mlp.act_fn
             self.up, self.down = linear_function(block.mlp.up_proj), linear_function(block.mlp.down_proj)
 
     def step(self, hidden_states, rotation, mask, cache: Cache) -> torch.Tensor:
-        block = self.block
-        branch = self.attend(block.branch_input(hidden_states, self.input_norm), rotation, mask, cache)
-        hidden_states = block.add_branch(hidden_states, branch, self.input_norm)
-        if not self.has_mlp:
-            return hidden_states
-        inputs = block.branch_input(hidden_states, self.mlp_norm)
-        return block.add_branch(hidden_states, self.down(self.act_fn(self.up(inputs))), self.mlp_norm)
+        branch = self.attend(self.branch_input(hidden_states, self.input_norm), rotation, mask, cache)
+        hidden_states = self.add_branch(hidden_states, branch, self.input_norm)
+        if self.has_mlp:
+            branch = self.down(self.act_fn(self.up(self.branch_input(hidden_states, self.mlp_norm))))
+            hidden_states = self.add_branch(hidden_states, branch, self.mlp_norm)
+        return hidden_states
 
     def attend(self, inputs, rotation, mask, cache: Cache) -> torch.Tensor:
         heads = self.project_qkv(inputs).reshape(inputs.shape[0], 3, -1, 1, self.head_dim)
@@ -359,7 +358,8 @@ class SingleTokenBlock:
         query, key = self.attention.rotate_and_norm(query, key, rotation)
         key, value = cache.update(key, value, self.layer_idx)  # (B, H, S, D)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        output = self.attention.scale_heads(output.transpose(1, 2))  # (B, 1, H, D)
+        if self.has_head_mask:
+            output = self.attention.scale_heads(output.transpose(1, 2))  # (B, 1, H, D)
         return self.project_output(output.reshape(inputs.shape[0], -1))
 
 
