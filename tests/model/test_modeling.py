@@ -637,13 +637,13 @@ def test_a_tied_head_is_saved_once(name, tmp_path):
 def test_the_base_model_loads_from_and_into_every_head(tmp_path):
     model = tiny_model("gpt2", pad_token_id=0)
     model.save_pretrained(tmp_path / "lm")
-    trunk, info = MiniGPTModel.from_pretrained(tmp_path / "lm", output_loading_info=True)
+    base, info = MiniGPTModel.from_pretrained(tmp_path / "lm", output_loading_info=True)
     assert not info["missing_keys"]
     classifier = MiniGPTForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=3)
-    trunk.save_pretrained(tmp_path / "trunk")
-    again = MiniGPTForCausalLM.from_pretrained(tmp_path / "trunk")
+    base.save_pretrained(tmp_path / "base")
+    again = MiniGPTForCausalLM.from_pretrained(tmp_path / "base")
     for key, tensor in model.model.state_dict().items():
-        for other in (trunk, classifier.model, again.model):
+        for other in (base, classifier.model, again.model):
             assert torch.equal(tensor, other.state_dict()[key]), key
     ids = random_ids(2, 7)
     assert torch.equal(again(ids).logits, model(ids).logits)
