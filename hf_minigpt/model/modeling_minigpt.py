@@ -2,7 +2,7 @@
 MiniGPT: one decoder block, whose switches (configuration_minigpt.py) make it GPT-1, GPT-2 or a modern GPT.
 
 Read it from the top: norms, attention, MLP, block, model, language model, classifier. Shapes: B batch, T query length,
-S key length, C hidden size, H heads, D head_dim, V vocabulary.
+S key length, C hidden size, H heads, D head_dim, R rotated dimensions of a head, V vocabulary.
 """
 
 import math
@@ -246,7 +246,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         elif self.position_embedding_type == "sinusoidal":
             inputs_embeds = inputs_embeds + sinusoidal_embedding(position_ids, like=inputs_embeds)  # (B, T, C)
         elif self.position_embedding_type == "rope":
-            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)  # twice (B or 1, T, D)
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)  # (B or 1, T, R) each
         if self.embedding_norm is not None:
             inputs_embeds = self.embedding_norm(inputs_embeds)
         return inputs_embeds, position_embeddings
