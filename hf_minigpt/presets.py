@@ -1,4 +1,4 @@
-"""Named configurations: the published GPTs, and the small modern ones that the recipes start from."""
+"""Named configurations: published GPTs, and small modern ones for the recipes."""
 
 import dataclasses
 from typing import Any
@@ -19,8 +19,8 @@ _GPT1 = {
     "residual_init": "normal",
 }
 
-# transformers' NanoChat: no parameters in the norms, one more on the embedding, rotary positions, query-key norm,
-# squared ReLU, no biases, an untied head under a soft cap. Branches and head start at zero, as in modded-nanogpt.
+# As NanoChat in transformers: norms without parameters, a norm on the embedding, rotary positions, query-key norm,
+# squared ReLU, no biases, an untied head with a soft cap. Branches and head start at zero, as in modded-nanogpt.
 _MODERN = {
     "norm_type": "rmsnorm",
     "norm_affine": False,
@@ -41,7 +41,7 @@ _MODERN = {
 }
 
 
-# A decoder of torch.nn's parts: attention with biases, post-norm, ReLU, sinusoidal positions, a head of its own.
+# A decoder as torch.nn's modules build it: attention with biases, post-norm, ReLU, sinusoidal positions, untied head.
 _POST_NORM = {
     "norm_placement": "post",
     "hidden_act": "relu",
@@ -52,8 +52,8 @@ _POST_NORM = {
     "max_position_embeddings": 512,
 }
 
-# Baby GPT on characters. Queries, keys and values have no bias, output and feed-forward do; the scores are scaled by
-# the square root of the full width, as the article's code does, not of a head's.
+# Baby GPT on characters. Queries, keys and values have no bias, output and feed-forward do. As in the article's code,
+# scores are scaled by the square root of the full width instead of the head's.
 _BABY = {
     "qkv_bias": False,
     "hidden_act": "relu",
@@ -74,8 +74,8 @@ def _baby(width: int, head_dim: int, heads: int, layers: int, context: int, drop
             "num_hidden_layers": layers,
             "max_position_embeddings": context,
             "attention_scaling": width**-0.5,
-            # of torch's linear layers of that width, which the article leaves as they are: at 0.02 a stack without
-            # residual connections would pass on nothing
+            # The default of torch's linear layers, as in the article. At 0.02 the signal of a stack without residual
+            # connections would vanish.
             "initializer_range": (3 * width) ** -0.5,
             "embd_pdrop": 0.0,
             "attn_pdrop": dropout,
@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _GPT2 | {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16},
     "gpt2-large": _GPT2 | {"num_hidden_layers": 36, "hidden_size": 1280, "num_attention_heads": 20},
     "gpt2-xl": _GPT2 | {"num_hidden_layers": 48, "hidden_size": 1600, "num_attention_heads": 25},
-    # GPT-2 trained on BookCorpus for the price of a coffee: the exact (erf) GELU, context 512
+    # GPT-2 as trained on BookCorpus: exact (erf) GELU, context 512
     "gpt2-bookcorpus": _GPT2
     | {
         "num_hidden_layers": 12,
@@ -128,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 16384,
         "num_hidden_layers": 20,
     },
-    # the article's two columns: a CPU's and a GPU's
+    # The article's two sizes, for a CPU and a GPU.
     "baby": _baby(width=16, head_dim=4, heads=2, layers=2, context=8, dropout=0.2),
     "baby-large": _baby(width=512, head_dim=16, heads=6, layers=6, context=256, dropout=0.2),
     "minigpt-pico": _modern(layers=2, width=128, head_dim=64, context=256, vocab_size=1024),
@@ -139,16 +139,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# The climb to Baby GPT: what each rung has not yet, or has instead, of the preset. The norm is over the width, as a
-# LayerNorm's must be; the article's hand-written one averages over the batch.
+# The rungs of the ladder to Baby GPT: how each differs from the preset. The norm is a LayerNorm over the width; the
+# article's own norm averages over the batch.
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0}
 _NO_NORM = _NO_DROPOUT | {"norm_type": "none"}
 _NO_RESIDUAL = _NO_NORM | {"residual": False}
 _ONE_BLOCK = _NO_RESIDUAL | {"num_hidden_layers": 1}
 _NO_MLP = _ONE_BLOCK | {"intermediate_size": 0}
 BABY_RUNGS: dict[str, dict[str, Any]] = {
-    # `baby_rung` makes the first as wide as the vocabulary, a table of the next token's scores, and the second's head
-    # as wide as the several together
+    # `baby_rung` makes the bigram as wide as the vocabulary, a table of next-token scores, and the single head as wide
+    # as all heads together.
     "bigram": _NO_MLP | {"num_hidden_layers": 0, "position_embedding_type": "none"},
     "one-head": _NO_MLP | {"num_attention_heads": 1},
     "several-heads": _NO_MLP,
@@ -157,24 +157,24 @@ BABY_RUNGS: dict[str, dict[str, Any]] = {
     "residual": _NO_NORM,
     "layer-norm": _NO_DROPOUT,
     "dropout": {},
-    # as large as a CPU trains in a minute or two; the article's, for a GPU, is the preset baby-large
+    # A CPU trains it in a minute or two. The article's size, for a GPU, is the preset baby-large.
     "scaled-up": _baby(width=64, head_dim=16, heads=4, layers=4, context=64, dropout=0.0),
 }
 
 
 def preset(name: str, **overrides: Any) -> MiniGPTConfig:
     """
-    The configuration called `name`, with any field overridden.
+    Return the configuration called `name`, with any field overridden.
 
     Args:
         name: a key of `PRESETS`.
-        overrides: fields of `MiniGPTConfig`, by our names or GPT-2's.
+        overrides: fields of `MiniGPTConfig`, or GPT-2's aliases of them.
 
     Raises:
-        ValueError: no preset, or no field, has that name.
+        ValueError: the preset or a field is unknown.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
+        raise ValueError(f"preset {name!r} is unknown. Choose one of {', '.join(PRESETS)}.")
     aliases = MiniGPTConfig.attribute_map
     known = {field.name for field in dataclasses.fields(MiniGPTConfig)} | {
         *aliases,
@@ -183,10 +183,10 @@ def preset(name: str, **overrides: Any) -> MiniGPTConfig:
     }
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(f"MiniGPTConfig has no field {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
+        raise ValueError(f"MiniGPTConfig has no field {', '.join(unknown)}. It has {', '.join(sorted(known))}.")
     fields = PRESETS[name] | {aliases.get(key, key): value for key, value in overrides.items()}
     for token in ("bos_token_id", "eos_token_id"):
-        # Another, smaller vocabulary has other special tokens.
+        # A smaller vocabulary has other special tokens.
         if token not in overrides and fields.get(token) is not None and fields[token] >= fields["vocab_size"]:
             fields[token] = None
     return MiniGPTConfig(**fields)
@@ -194,25 +194,25 @@ def preset(name: str, **overrides: Any) -> MiniGPTConfig:
 
 def baby_rung(name: str, base: str = "baby", **overrides: Any) -> MiniGPTConfig:
     """
-    The configuration of one rung of the climb to Baby GPT.
+    Return the configuration of one rung of the ladder to Baby GPT.
 
     Args:
         name: a key of `BABY_RUNGS`.
-        base: the preset that the climb leads to, `baby` or `baby-large`.
-        overrides: fields of `MiniGPTConfig`; those that make the rung win.
+        base: the preset at the top of the ladder, `baby` or `baby-large`.
+        overrides: fields of `MiniGPTConfig`; the fields of the rung take precedence.
 
     Raises:
-        ValueError: no rung or no preset has that name.
+        ValueError: the rung or the preset is unknown.
     """
     if name not in BABY_RUNGS:
-        raise ValueError(f"rung {name!r} is unknown: choose one of {', '.join(BABY_RUNGS)}.")
+        raise ValueError(f"rung {name!r} is unknown. Choose one of {', '.join(BABY_RUNGS)}.")
     aliases = MiniGPTConfig.attribute_map
     overrides = {aliases.get(key, key): value for key, value in overrides.items()}
-    whole = preset(base, **overrides)
+    full = preset(base, **overrides)
     fields = overrides | BABY_RUNGS[name]
     if name == "bigram":
-        fields["hidden_size"] = whole.vocab_size
+        fields["hidden_size"] = full.vocab_size
     if name == "one-head":
-        assert whole.head_dim is not None
-        fields["head_dim"] = whole.num_attention_heads * whole.head_dim
-    return preset(base, **(fields | {"vocab_size": whole.vocab_size}))
+        assert full.head_dim is not None
+        fields["head_dim"] = full.num_attention_heads * full.head_dim
+    return preset(base, **(fields | {"vocab_size": full.vocab_size}))

@@ -1,4 +1,4 @@
-"""What "registered" means: every table of transformers and PEFT in which a model type must stand."""
+"""Register MiniGPT in every table of transformers and PEFT that lists model types."""
 
 import importlib.abc
 import importlib.util
@@ -14,14 +14,14 @@ from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel
 
 
-# PEFT knows Llama, whose modules have the same names, except that there is no gate here.
+# MiniGPT's modules have the names of Llama's, which PEFT knows, except that MiniGPT has no gate.
 PEFT_TEMPLATE, PEFT_ABSENT = "llama", {"gate_proj"}
 
 
 def register() -> None:
     """
-    Make the Auto classes, the pipelines, the Trainer, `transformers serve` and PEFT know MiniGPT. Calling it again
-    does nothing new.
+    Register MiniGPT with the Auto classes, the pipelines, the Trainer, `transformers serve` and PEFT. Further calls
+    have no effect.
     """
     AutoConfig.register(MiniGPTConfig.model_type, MiniGPTConfig, exist_ok=True)
     MiniGPTConfig.register_for_auto_class()
@@ -35,29 +35,29 @@ def register() -> None:
         ),
     ):
         auto_class.register(MiniGPTConfig, model_class, exist_ok=True)
-        # Makes `save_pretrained` copy the code beside the weights.
+        # `save_pretrained` then copies the code next to the weights.
         model_class.register_for_auto_class(auto_class.__name__)
         add_class_name(table, model_class.__name__)
-        # `transformers serve` takes the class from the top of the package.
+        # `transformers serve` looks the class up in the package `transformers`.
         setattr(transformers, model_class.__name__, model_class)
     register_peft_targets()
 
 
 def add_class_name(table: str, class_name: str) -> None:
-    """The Trainer looks a class name up here, and with label smoothing shifts the labels only if it is found."""
+    """Add a class to a table by name. With label smoothing the Trainer shifts labels only for the classes listed."""
     names = getattr(modeling_auto, table, None)
     try:
         names[MiniGPTConfig.model_type] = class_name  # type: ignore[index]
     except TypeError:
         warnings.warn(
-            f"transformers {transformers.__version__} has no table modeling_auto.{table} to enter {class_name} in: do "
-            "without label_smoothing_factor, or install a version that hf_minigpt names as supported.",
+            f"transformers {transformers.__version__} has no table modeling_auto.{table} for {class_name}. Do not use "
+            "label_smoothing_factor, or install a version that hf_minigpt supports.",
             stacklevel=2,
         )
 
 
 def register_peft_targets() -> None:
-    """PEFT's default targets: at once if PEFT is loaded, else when it will be, so that nobody pays for its import."""
+    """Add PEFT's default targets now if PEFT is loaded, else on its import, which is slow."""
     if "peft.utils.constants" in sys.modules:
         add_peft_targets(sys.modules["peft.utils.constants"])
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -65,7 +65,7 @@ def register_peft_targets() -> None:
 
 
 def add_peft_targets(constants: ModuleType) -> None:
-    """Each method's default modules: LoRA's, IA3's, VeRA's and so on."""
+    """Add the default target modules of each method, such as LoRA, IA3 and VeRA."""
     filled = set()
     for name, table in vars(constants).items():
         if not name.endswith("_MODULES_MAPPING") or not isinstance(table, dict):
@@ -75,14 +75,14 @@ def add_peft_targets(constants: ModuleType) -> None:
             filled.add(name)
     if "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING" not in filled:
         warnings.warn(
-            "PEFT's table of default modules is not where it was: adapters of MiniGPT need target_modules, for "
+            "This version of PEFT has no table of default modules. Set target_modules for adapters of MiniGPT, for "
             "example ['q_proj', 'v_proj'].",
             stacklevel=2,
         )
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Waits for the import of `peft.utils.constants`, fills its tables, and is gone."""
+    """Add the targets once `peft.utils.constants` is imported, then remove itself from `sys.meta_path`."""
 
     def find_spec(self, fullname, path, target=None):
         if fullname != "peft.utils.constants":

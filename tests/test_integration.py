@@ -1,4 +1,4 @@
-"""The ecosystem's ways to train, each with a tiny MiniGPT and without a special case for it."""
+"""Trainer, accelerate, PEFT and TRL train a tiny MiniGPT without special cases."""
 
 import os
 import socket
@@ -17,15 +17,15 @@ from tests.tiny import random_ids, tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
-def no_state_from_another_run():
-    """Accelerate keeps its precision and processes for the life of the interpreter."""
+def reset_accelerate():
+    """Accelerate keeps its precision and processes until the interpreter exits."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sentences(count=32, length=12, vocab_size=67):
-    """Rows that can be learnt: each token is followed by the next number."""
+    """Return rows in which each token is followed by the next number."""
     starts = random_ids(count, 1, vocab_size=vocab_size)
     return (starts + torch.arange(length)) % vocab_size
 
@@ -45,7 +45,7 @@ def fresh_model(kind, name="modern"):
 
 
 @pytest.mark.parametrize("kind", ["language_model", "classifier"])
-def test_trainer(kind, tmp_path):
+def test_the_trainer_learns_and_resumes(kind, tmp_path):
     def trainer(model, **changes):
         arguments = {
             "output_dir": str(tmp_path),
@@ -76,11 +76,11 @@ def test_trainer(kind, tmp_path):
     learner.train()
     losses = [entry["eval_loss"] for entry in learner.state.log_history if "eval_loss" in entry]
     assert losses[-1] < 0.6 * start["eval_loss"]
-    # the best checkpoint is in the model again, and on the disk
+    # The best checkpoint is loaded into the model, and saved.
     assert learner.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
     loaded = type(learner.model).from_pretrained(learner.state.best_model_checkpoint)
     assert trainer(loaded).evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-    # resuming from the middle ends where the whole run did
+    # A run resumed from the middle ends as the whole run.
     resumed = trainer(fresh_model(kind), load_best_model_at_end=False)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
     last = type(loaded).from_pretrained(tmp_path / "checkpoint-30")
@@ -89,7 +89,7 @@ def test_trainer(kind, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_bare_accelerate_loop(precision, tmp_path):
+def test_a_plain_accelerate_loop_learns(precision, tmp_path):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     model = fresh_model("language_model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -116,7 +116,7 @@ def test_bare_accelerate_loop(precision, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, plain(ids).logits)
 
 
-# Two steps over the whole data, so that the order of the examples does not matter; each has another number of labels.
+# Two steps over all data, so that the order of the examples does not matter. Each example has another label count.
 TWO_PROCESSES = """
 import sys
 
@@ -154,7 +154,7 @@ trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=
 trainer.train()
 print("eval", trainer.evaluate()["eval_loss"])
 trainer.save_model(f"{folder}/end_{world}")
-# a process that exits with its group alive is sometimes aborted
+# Without this, a process sometimes aborts on exit.
 end_training(trainer.accelerator, trainer)
 """
 
@@ -193,7 +193,7 @@ def test_two_processes_learn_what_one_does(kind, tmp_path):
     assert any((tensor - start.state_dict()[key]).abs().max() > 1e-2 for key, tensor in one.state_dict().items())
 
 
-def test_lora(tmp_path):
+def test_lora_trains_saves_and_merges(tmp_path):
     from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 
     base = tiny_model("modern")
@@ -257,13 +257,13 @@ def test_an_adapted_head_takes_part_in_the_loss(how):
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_trl_with_packing(name, tmp_path):
-    """The first loss is the mean over all tokens of all documents, each read alone; then it falls."""
+    """The first loss is the mean over the tokens of all documents, scored separately; then it decreases."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = tiny_tokenizer()
     texts = [("abcdefghijklmnopqrstuvwxyz " * 2)[i : i + 5 + i % 9] for i in range(24)]
-    # a table without padding: TRL computes the loss itself, from the head's weight, and would count padded ids
+    # An unpadded embedding: TRL computes the loss itself, from the head's weight, over all ids.
     model = tiny_model(name, vocab_size=28, unpadded_vocab_size=None, eos_token_id=0, pad_token_id=0)
     total, count = 0.0, 0
     for text in texts:

@@ -1,4 +1,4 @@
-"""The hand-built GPTs against implementations of their own, written here with torch.nn's parts or plain tensors."""
+"""The presets equal independent implementations, written here with torch.nn's modules or plain tensors."""
 
 import math
 
@@ -20,7 +20,7 @@ from hf_minigpt.presets import BABY_RUNGS, PRESETS, baby_rung
 from tests.tiny import NO_DROPOUT, gradients, random_ids, shake
 
 
-# Row 1: the post-norm decoder
+# The post-norm decoder
 
 
 class PostNormBlock(nn.Module):
@@ -58,7 +58,7 @@ class PostNormDecoder(nn.Module):
 
 @torch.no_grad()
 def copy_post_norm(model: MiniGPTForCausalLM, oracle: PostNormDecoder) -> None:
-    """MiniGPT's parameters into the stack; every one of both is used."""
+    """Copy all parameters of MiniGPT to all of the stack."""
     source = dict(model.named_parameters())
     target = dict(oracle.named_parameters())
 
@@ -84,8 +84,8 @@ def copy_post_norm(model: MiniGPTForCausalLM, oracle: PostNormDecoder) -> None:
 
 
 @torch.no_grad()
-def spread(model: MiniGPTForCausalLM) -> MiniGPTForCausalLM:
-    """Parameters with which twenty post-norm layers do not level the positions, as larger branches would."""
+def enlarge_weights(model: MiniGPTForCausalLM) -> MiniGPTForCausalLM:
+    """Set weights so that the positions stay distinct through twenty post-norm layers."""
     shake(model, std=0.1)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -100,9 +100,9 @@ def spread(model: MiniGPTForCausalLM) -> MiniGPTForCausalLM:
     [("post-norm", {}), ("post-norm-deep", {"hidden_size": 128, "intermediate_size": 1024})],
     ids=["one layer", "deep, a sixteenth as wide"],
 )
-def test_post_norm_is_a_stack_of_torch_modules(name, sixteenth):
+def test_post_norm_equals_a_stack_of_torch_modules(name, sixteenth):
     config = preset(name, **sixteenth)
-    model = spread(MiniGPTForCausalLM(config))
+    model = enlarge_weights(MiniGPTForCausalLM(config))
     oracle = PostNormDecoder(
         config.vocab_size,
         config.hidden_size,
@@ -112,7 +112,7 @@ def test_post_norm_is_a_stack_of_torch_modules(name, sixteenth):
         length=64,
     )
     copy_post_norm(model, oracle)
-    # in training mode the module's attention takes no shortcut; it has no dropout
+    # In training mode torch's attention skips its fast path. It has no dropout.
     oracle.train()
     ids = random_ids(2, 64, vocab_size=config.vocab_size)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_post_norm_is_a_stack_of_torch_modules(name, sixteenth):
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("post-norm", 3_127_784), ("post-norm-deep", 1_719_387_920)])
-def test_post_norm_parameters(name, parameters):
+def test_post_norm_parameter_counts(name, parameters):
     with torch.device("meta"):
         assert MiniGPTForCausalLM(preset(name)).num_parameters() == parameters
 
@@ -141,11 +141,11 @@ def test_post_norm_positions_have_dropout():
     assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
-# Row 2: the climb to Baby GPT
+# The ladder to Baby GPT
 
 
 def baby_logits(state: dict[str, torch.Tensor], ids: torch.Tensor, config, **has: bool) -> torch.Tensor:
-    """Baby GPT as the article writes it, one head at a time, on float64 tensors; `has` says what a rung has."""
+    """Compute Baby GPT as in the article, one head at a time, in float64; `has` lists the parts of the rung."""
     x = state["model.embed_tokens.weight"][ids]
     length, width = ids.shape[1], x.shape[-1]
     if has["attention"]:
@@ -156,7 +156,7 @@ def baby_logits(state: dict[str, torch.Tensor], ids: torch.Tensor, config, **has
         if not has["norm"]:
             return x
         centred = x - x.mean(-1, keepdim=True)
-        # over the width: each position on its own
+        # Over the width, for each position.
         scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
@@ -183,14 +183,14 @@ def baby_logits(state: dict[str, torch.Tensor], ids: torch.Tensor, config, **has
     return x @ state["lm_head.weight"].T + state["lm_head.bias"]
 
 
-# What each rung adds to those before it; the last two add dropout and size.
+# The part that each rung adds. The last two add dropout and size.
 IDEAS = ["attention", "several", "mlp", "deep", "residual", "norm"]
 RUNG_HEIGHTS = dict(zip(BABY_RUNGS, [0, 1, 2, 3, 4, 5, 6, 6, 6], strict=True))
 
 
 @pytest.mark.parametrize("name", BABY_RUNGS)
 @pytest.mark.parametrize("base", ["baby", "baby-large"])
-def test_baby_rungs(name, base):
+def test_each_rung_equals_the_article(name, base):
     config = baby_rung(name, base, vocab_size=61)
     model = shake(MiniGPTForCausalLM(config).double(), std=config.hidden_size**-0.5)
     has = {idea: height < RUNG_HEIGHTS[name] for height, idea in enumerate(IDEAS)}
@@ -205,7 +205,7 @@ def test_baby_rungs(name, base):
     torch.testing.assert_close(float32.double(), expected, atol=1e-5 * max(expected.std().item(), 1), rtol=0)
 
 
-def test_baby_sizes():
+def test_baby_sizes_are_those_of_the_article():
     small, large = preset("baby"), preset("baby-large")
     for config, sizes in ((small, (16, 4, 2, 2, 8)), (large, (512, 16, 6, 6, 256))):
         assert sizes == (
@@ -222,14 +222,14 @@ def test_baby_sizes():
     assert one.num_attention_heads * one.head_dim == several.num_attention_heads * several.head_dim == 96
     assert baby_rung("dropout").to_dict() == preset("baby").to_dict()
     assert baby_rung("blocks", n_layer=5).num_hidden_layers == 5
-    with pytest.raises(ValueError, match="rung 'ladder' is unknown: choose one of bigram, one-head"):
+    with pytest.raises(ValueError, match=r"rung 'ladder' is unknown\. Choose one of bigram, one-head"):
         baby_rung("ladder")
 
 
-# Row 3: GPT-2 for BookCorpus
+# GPT-2 for BookCorpus
 
 
-def test_gpt2_bookcorpus_is_gpt2_with_another_gelu_and_context():
+def test_gpt2_bookcorpus_differs_from_gpt2_in_gelu_and_context():
     own = {"max_position_embeddings": 512, "hidden_act": "gelu"}
     assert PRESETS["gpt2-bookcorpus"] == PRESETS["gpt2"] | own
     with torch.device("meta"):
@@ -243,7 +243,7 @@ def test_gpt2_bookcorpus_is_gpt2_with_another_gelu_and_context():
     }
 
 
-# Row 5: GPT-1
+# GPT-1
 
 GPT1_SIZES = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32, "vocab_size": 67}
 PAD = 66
@@ -255,7 +255,7 @@ def gpt1_classifier(**fields) -> MiniGPTForSequenceClassification:
 
 
 def plain_classification_loss(model, reviews, labels, weight) -> torch.Tensor:
-    """Review by review, without padding: mean cross entropy + weight * mean over reviews of their token means."""
+    """Compute mean cross entropy + weight * mean of the reviews' token means, one review at a time."""
     losses = []
     for ids, label in zip(reviews, labels, strict=True):
         hidden = model.model(ids[None]).last_hidden_state[0]
@@ -267,8 +267,8 @@ def plain_classification_loss(model, reviews, labels, weight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_auxiliary_loss_under_accumulation_by_the_trainer(weight, tmp_path):
-    """One step of the Trainer, its batch in uneven parts, against the whole batch in plain computation."""
+def test_the_trainer_accumulates_the_auxiliary_loss(weight, tmp_path):
+    """One step with uneven micro-batches equals a plain computation on the whole batch."""
     lengths = [3, 30, 7, 12, 5, 21, 9, 2, 17]
     reviews = [random_ids(length, vocab_size=PAD, seed=length) for length in lengths]
     labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
@@ -285,13 +285,13 @@ def test_auxiliary_loss_under_accumulation_by_the_trainer(weight, tmp_path):
 
     found = {}
 
-    class Keep(Trainer):
+    class GradientRecorder(Trainer):
         def create_optimizer(self, model=None):
             optimizer = super().create_optimizer(model)
             optimizer.register_step_pre_hook(lambda *_: found.update(gradients(self.model)))
             return optimizer
 
-    trainer = Keep(
+    trainer = GradientRecorder(
         model=model,
         args=TrainingArguments(
             tmp_path,
@@ -321,7 +321,7 @@ HEAD_MASK = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> tuple[MiniGPTForCausalLM, MiniGPTForCausalLM]:
-    """A GPT-1 whose head mask prunes three heads, saved and loaded; the same with their part of o_proj zeroed."""
+    """Return a GPT-1 whose head mask prunes three heads, saved and loaded, and one whose o_proj is zeroed instead."""
     sizes = GPT1_SIZES | {"n_positions": 64}
     folder = tmp_path_factory.mktemp("pruned")
     model = shake(MiniGPTForCausalLM(preset("gpt1", **sizes, head_mask=HEAD_MASK)))
@@ -330,12 +330,12 @@ def pruned(tmp_path_factory) -> tuple[MiniGPTForCausalLM, MiniGPTForCausalLM]:
     with torch.no_grad():
         for block, heads in zip(zeroed.model.layers, HEAD_MASK, strict=True):
             for head, factor in enumerate(heads):
-                # the output projection reads a head in as many columns
+                # Each head has 8 columns of the output projection.
                 block.self_attn.o_proj.weight[:, head * 8 : (head + 1) * 8] *= factor
     return AutoModelForCausalLM.from_pretrained(folder), zeroed
 
 
-def test_a_pruned_head_is_a_zeroed_head(pruned):
+def test_a_pruned_head_scores_as_a_zeroed_head(pruned):
     model, zeroed = pruned
     assert model.config.head_mask == HEAD_MASK
     ids = random_ids(2, 24)
@@ -348,7 +348,7 @@ def test_a_pruned_head_is_a_zeroed_head(pruned):
 
 
 @pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
-def test_a_pruned_head_is_a_zeroed_head_token_by_token(cache, pruned):
+def test_a_pruned_head_scores_as_a_zeroed_head_token_by_token(cache, pruned):
     ids = random_ids(2, 24)
 
     @torch.no_grad()
@@ -371,7 +371,7 @@ def test_a_pruned_head_is_a_zeroed_head_token_by_token(cache, pruned):
 @pytest.mark.parametrize(
     "kwargs", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=["none", "dynamic", "static"]
 )
-def test_a_pruned_head_is_a_zeroed_head_in_generate(kwargs, pruned):
+def test_a_pruned_head_generates_as_a_zeroed_head(kwargs, pruned):
     prompt = random_ids(2, 6)
     options = {
         "attention_mask": torch.ones_like(prompt),
@@ -383,10 +383,10 @@ def test_a_pruned_head_is_a_zeroed_head_in_generate(kwargs, pruned):
     assert torch.equal(*texts)
 
 
-def test_a_pruned_head_is_a_zeroed_head_in_generate_batch(pruned):
+def test_a_pruned_head_generates_batches_as_a_zeroed_head(pruned):
     prompts = [random_ids(length, seed=length).tolist() for length in (4, 9)]
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    # small pages, few of them: left alone the paged cache takes most of the memory
+    # A few small pages. By default the paged cache takes most of the memory.
     batching = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64)
     model, zeroed = pruned
     outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=batching)

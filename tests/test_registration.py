@@ -1,4 +1,4 @@
-"""What a process knows of MiniGPT: with the package imported, and without it, from a saved folder alone."""
+"""transformers and PEFT find MiniGPT in a process with the package, and in one that has only a saved checkpoint."""
 
 import json
 import os
@@ -25,25 +25,28 @@ from tests.model.test_generation import tiny_tokenizer
 from tests.tiny import random_ids, tiny_config, tiny_model
 
 
-CODE = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}
+CODE = {
+    f"{part}_minigpt.py"
+    for part in ("configuration", "modeling", "attention", "loss", "pooling", "generation", "products")
+}
 
-# First thing in a process: the package cannot be found, as on a machine where it was never installed.
+# Start of a program: hides the package, as if it were not installed.
 WITHOUT_THE_PACKAGE = """
 import sys
 
 
-class Absent:
+class PackageHider:
     def find_spec(self, name, path=None, target=None):
         if name == "hf_minigpt" or name.startswith("hf_minigpt."):
             raise ModuleNotFoundError(name)
 
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path.insert(0, PackageHider())
 """
 
 
 def run_python(script, folder, *arguments):
-    """Run a script in a process of its own, isolated from PYTHONPATH and from this one's folder of remote code."""
+    """Run a script in a new process, isolated from PYTHONPATH and from this process's cache of remote code."""
     environment = {**os.environ, "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     result = subprocess.run(
@@ -68,12 +71,12 @@ def test_auto_classes_build_and_load(tmp_path):
         assert type(model) is model_class
         model.save_pretrained(tmp_path / model_class.__name__)
         loaded = auto_class.from_pretrained(tmp_path / model_class.__name__)
-        # The package at hand, not the copy of the code beside the weights.
+        # The imported package is used, not the code next to the weights.
         assert type(loaded) is model_class
 
 
-def test_tables_by_name():
-    """Where the library looks for the name of a class or of a model type instead of for the class."""
+def test_tables_list_the_classes_by_name():
+    """Parts of transformers look up names instead of classes."""
     assert modeling_auto.MODEL_MAPPING_NAMES["minigpt"] == "MiniGPTModel"
     assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minigpt"] == "MiniGPTForCausalLM"
     names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -90,8 +93,8 @@ def test_registering_again_changes_nothing():
     assert sys.meta_path == finders
 
 
-def test_the_library_itself_still_works():
-    """Names added to the library's own tables must not break what iterates over them."""
+def test_transformers_still_works():
+    """The added names must not break code that iterates over the tables."""
     gpt2 = transformers.GPT2Config(vocab_size=67, n_embd=24, n_layer=1, n_head=3)
     assert type(AutoModelForCausalLM.from_config(gpt2)) is transformers.GPT2LMHeadModel
     assert transformers.GPT2Config in AutoModelForCausalLM._model_mapping
@@ -118,7 +121,7 @@ def test_other_adapters_find_their_default_targets(method):
     assert model.get_nb_trainable_parameters()[0] > 0
 
 
-def test_a_table_that_is_gone_is_said():
+def test_a_missing_table_gives_a_warning():
     with pytest.warns(UserWarning, match="label_smoothing_factor"):
         add_class_name("NO_SUCH_TABLE", "MiniGPTModel")
     with pytest.warns(UserWarning, match="target_modules"):
@@ -126,11 +129,11 @@ def test_a_table_that_is_gone_is_said():
 
 
 @pytest.mark.parametrize("model_class", [MiniGPTModel, MiniGPTForCausalLM, MiniGPTForSequenceClassification])
-def test_a_saved_folder_carries_its_code(model_class, tmp_path):
+def test_a_checkpoint_contains_its_code(model_class, tmp_path):
     model_class(tiny_config("gpt2")).save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.glob("*.py")} == CODE
     for name in CODE:
-        # What is beside it is found; the package would not be.
+        # Relative imports are found, the package is not.
         assert "hf_minigpt" not in "".join(
             line for line in (tmp_path / name).read_text().splitlines() if "import" in line
         )
@@ -164,7 +167,7 @@ ids = expected["ids"]
 options = {"trust_remote_code": True}
 for name, auto_class in (
     ("language_model", AutoModelForCausalLM),
-    ("trunk", AutoModel),
+    ("base", AutoModel),
     ("classifier", AutoModelForSequenceClassification),
 ):
     for position in ("gpt2", "modern"):
@@ -175,21 +178,21 @@ for name, auto_class in (
             output = model(ids, use_cache=False)[0]
             assert torch.equal(output, expected[f"{position}_{name}"]), (name, position, source)
             if source.parent == folder:
-                # What was loaded so can be passed on in the same way.
+                # A loaded checkpoint can be saved and loaded again.
                 model.save_pretrained(again / source.name)
 
-# A language model's folder is also a classifier's and a trunk's.
+# A language model's checkpoint also loads as a classifier and as a base model.
 source = folder / "gpt2_language_model"
 classifier = AutoModelForSequenceClassification.from_pretrained(source, num_labels=5, pad_token_id=0, **options)
 assert classifier(ids).logits.shape == (2, 5)
-assert torch.equal(AutoModel.from_pretrained(source, **options)(ids)[0], expected["gpt2_trunk"])
+assert torch.equal(AutoModel.from_pretrained(source, **options)(ids)[0], expected["gpt2_base"])
 tokenizer = AutoTokenizer.from_pretrained(source)
 
-write = pipeline("text-generation", model=str(source), **options)
-text = write("the cat", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+generate = pipeline("text-generation", model=str(source), **options)
+text = generate("the cat", max_new_tokens=5, do_sample=False)[0]["generated_text"]
 assert text == expected["text"], text
-judge = pipeline("text-classification", model=str(folder / "gpt2_classifier"), tokenizer=tokenizer, **options)
-assert abs(judge("the cat")[0]["score"] - expected["score"]) < 1e-5
+classify = pipeline("text-classification", model=str(folder / "gpt2_classifier"), tokenizer=tokenizer, **options)
+assert abs(classify("the cat")[0]["score"] - expected["score"]) < 1e-5
 
 config = AutoConfig.from_pretrained(source, **options)
 config.residual_init, config.num_hidden_layers, config.hidden_size, config.head_dim = "gpt2", 8, 96, 32
@@ -198,11 +201,11 @@ std = fresh.model.layers[0].mlp.down_proj.weight.std().item()
 assert abs(std - 0.02 / 4) < 0.0005, std
 fresh.train()(ids, labels=ids).loss.backward()
 assert "hf_minigpt" not in sys.modules
-print("all as before")
+print("checkpoints equal")
 """
 
 
-def test_a_process_without_the_package_loads_a_saved_folder(tmp_path):
+def test_a_process_without_the_package_loads_a_checkpoint(tmp_path):
     ids = random_ids(2, 9, vocab_size=28)
     expected = {"ids": ids}
     tokenizer = tiny_tokenizer()
@@ -210,32 +213,32 @@ def test_a_process_without_the_package_loads_a_saved_folder(tmp_path):
     for position in ("gpt2", "modern"):
         for name, model_class in (
             ("language_model", MiniGPTForCausalLM),
-            ("trunk", MiniGPTModel),
+            ("base", MiniGPTModel),
             ("classifier", MiniGPTForSequenceClassification),
         ):
             model = tiny_model(
                 position, model_class=model_class, vocab_size=28, unpadded_vocab_size=28, pad_token_id=0
             )
-            # The same trunk in all three.
-            trunk = tiny_model(position, vocab_size=28, unpadded_vocab_size=28).model
-            (model if name == "trunk" else model.model).load_state_dict(trunk.state_dict())
+            # The same base model in all three.
+            base = tiny_model(position, vocab_size=28, unpadded_vocab_size=28).model
+            (model if name == "base" else model.model).load_state_dict(base.state_dict())
             model.save_pretrained(folder / f"{position}_{name}")
             tokenizer.save_pretrained(folder / f"{position}_{name}")
             expected[f"{position}_{name}"] = model(ids, use_cache=False)[0].detach()
-    write = pipeline("text-generation", model=str(folder / "gpt2_language_model"))
-    expected["text"] = write("the cat", max_new_tokens=5, do_sample=False)[0]["generated_text"]
-    judge = pipeline("text-classification", model=str(folder / "gpt2_classifier"))
-    expected["score"] = judge("the cat")[0]["score"]
+    generate = pipeline("text-generation", model=str(folder / "gpt2_language_model"))
+    expected["text"] = generate("the cat", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    classify = pipeline("text-classification", model=str(folder / "gpt2_classifier"))
+    expected["score"] = classify("the cat")[0]["score"]
     torch.save(expected, folder / "expected.pt")
-    assert isinstance(AutoTokenizer.from_pretrained(folder / "gpt2_trunk"), transformers.PreTrainedTokenizerBase)
+    assert isinstance(AutoTokenizer.from_pretrained(folder / "gpt2_base"), transformers.PreTrainedTokenizerBase)
     output = run_python(WITHOUT_THE_PACKAGE + REMOTE, tmp_path, folder, tmp_path / "again")
-    assert "all as before" in output
+    assert "checkpoints equal" in output
 
 
 IMPORTS = """
 import sys
 
-# transformers before 5.21 imports some of them itself
+# transformers before 5.21 imports some of them itself.
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 heavy = {"datasets", "trl", "peft", "matplotlib", "pandas", "sklearn", "evaluate"} - set(sys.modules)
@@ -247,7 +250,7 @@ assert not heavy, heavy
 model = AutoModelForCausalLM.from_config(hf_minigpt.preset("gpt2", n_layer=1, n_embd=24, n_head=3, vocab_size=67))
 assert type(model) is hf_minigpt.MiniGPTForCausalLM
 
-# PEFT, imported later, knows the targets all the same, and is otherwise itself.
+# PEFT, imported later, has the targets, and those of other models are unchanged.
 import peft
 
 adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
@@ -258,5 +261,5 @@ print("light")
 """
 
 
-def test_the_import_is_light(tmp_path):
+def test_the_import_loads_no_heavy_package(tmp_path):
     assert "light" in run_python(IMPORTS, tmp_path)

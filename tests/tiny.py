@@ -1,9 +1,11 @@
-"""Tiny MiniGPTs, one for each way the switches of the configuration can go together."""
+"""Tiny MiniGPTs for tests, which together cover every switch of the configuration."""
 
+import pytest
 import torch
 from torch import nn
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt.model.products_minigpt import fast_paths_enabled
 
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -83,7 +85,10 @@ SWITCHES = {
     },
 }
 
-# One for each kind of positions: what padding, packing and caches depend on.
+# Marks tests of the fast paths themselves, which MINIGPT_FAST_PATHS=0 turns off.
+needs_fast_paths = pytest.mark.skipif(not fast_paths_enabled(), reason="the fast paths are turned off")
+
+# One model for each kind of positions, on which padding, packing and caches depend.
 POSITIONS = ["gpt2", "transformer", "modern", "no_positions"]
 
 
@@ -94,8 +99,8 @@ def tiny_config(name: str, **overrides) -> MiniGPTConfig:
 @torch.no_grad()
 def shake(model: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
     """
-    Parameters far from their initialisation: no zero bias, no norm weight of 1, no zero head hides a mistake. Returns
-    the model in evaluation mode.
+    Set parameters far from their initialization, so that no zero bias, norm weight of 1 or zero head hides a mistake.
+    Return the model in evaluation mode.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

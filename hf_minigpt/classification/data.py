@@ -28,7 +28,7 @@ from ..data.files import (
     text_of,
 )
 from ..data.tales.reviews import TALE_REVIEW_LABELS, tale_reviews
-from ..model.functional_minigpt import num_head_tokens
+from ..model.pooling_minigpt import num_head_tokens
 from ..tokenization import plain_text_encoder
 
 

@@ -1,120 +1,88 @@
 """
-Writing a token at a time, faster: a cache that grows in place, and the model's step for one token without the detours
-that only longer inputs need. It travels with a checkpoint.
+Generation: caches, and a faster path for a single token, with the same output.
 
-At batch 1 a token costs the time of reading all weights, if the matrix products run at the memory's speed, and in a
-small model as much again for Python. `MiniGPTForCausalLM.forward` remains the definition and does all that `Decoding`
-declines.
+At batch 1 a token takes at least the time to read all weights. In a small model Python takes as long again. Single
+tokens on a CPU therefore skip the modules around each matrix product. `MiniGPTForCausalLM.forward` remains the
+definition, and handles everything that `SingleTokenDecoder` declines.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
-from inspect import signature
+from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
-from .functional_minigpt import apply_rotary, check_positions, finish_logits, sinusoidal_embedding
-from .products_minigpt import FEW_ROWS, SMALL_MATRIX, few_rows_linear, is_plain_linear
+from .attention_minigpt import check_positions, default_position_ids
+from .loss_minigpt import finish_logits
+from .products_minigpt import FEW_ROWS, SMALL_MATRIX, fast_paths_enabled, few_rows_linear, is_plain_linear
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+LinearFunction = Callable[[torch.Tensor], torch.Tensor]
 # Modules of modeling_minigpt.py, which imports this file.
 Module = Any
 
-# What an output calls its cache: `past_key_values`, and since transformers 5.24 `cache`.
+# The name of the cache in a model's output: `past_key_values`, and since transformers 5.24 `cache`.
 CACHE_FIELD = fields(BaseModelOutputWithPast)[1].name
-# Since 5.24 a model adds to the paged cache of continuous batching; before, the attention function did.
-MODEL_UPDATES_PAGED_CACHE = "cache" not in signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
-
-# What transformers hands to every model. Attention that ignores a name would ignore a typo, too.
-KNOWN_KWARGS = frozenset(
-    {
-        *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
-        *("position_ids", "is_causal"),
-        # of `generate`, which hands them on
-        *("tokenizer", "assistant_tokenizer"),
-    }
-)
-# Borders of documents, which flash attention takes from here and all other attention from the positions.
-DOCUMENT_BORDERS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
-READ_BY_FLASH = frozenset({"sliding_window", "softcap", "s_aux", "deterministic", "target_dtype"})
-READ_BY_ATTENTION = {
-    "flash_attention": READ_BY_FLASH,
-    "flex_attention": frozenset({"softcap", "s_aux", "position_bias", "kernel_options"}),
-    "sdpa": frozenset({"position_bias"}),
-    "paged|": READ_BY_FLASH,
-    "eager": frozenset[str](),
-}
-# Continuous batching hands these with its cache.
-READ_WITH_PAGED_CACHE = frozenset(
-    {"cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"}
-)
 
 
-def take_cache(cache: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
-    """`cache`, or the one that `kwargs` holds under whatever name, which is taken out of them."""
+@dataclass
+class MiniGPTCausalLMOutput(CausalLMOutputWithPast):
+    """`num_correct` (int64, 0-dim), with `count_correct=True`: how many labels are the most likely token."""
+
+    num_correct: torch.Tensor | None = None
+
+
+def pop_cache(cache: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
+    """
+    Return `cache`, or take the cache out of `kwargs`, where it may have any name.
+
+    Raises:
+        TypeError: `cache` is not a cache, or there are two.
+    """
     if cache is not None and not hasattr(cache, "get_seq_length"):
-        raise TypeError(f"past_key_values={type(cache).__name__} is no cache: give a transformers.DynamicCache.")
+        raise TypeError(f"past_key_values={type(cache).__name__} is not a cache. Give a transformers.DynamicCache.")
     for name in [name for name, value in kwargs.items() if isinstance(value, Cache)]:
         found = kwargs.pop(name)
         if cache is not None and found is not cache:
-            raise TypeError(f"{name} is a second cache beside past_key_values: give only one of them.")
+            raise TypeError(f"{name} is a second cache in addition to past_key_values. Give only one of them.")
         cache = found
     return cache
 
 
-def check_empty(cache: Cache | None) -> None:
-    """Refuse a cache that holds tokens, where it cannot be read; an empty one is only left out."""
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values holds {cache.get_seq_length()} tokens, and gradient checkpointing in training reads no "
-            "cache: give all tokens in input_ids, or call model.gradient_checkpointing_disable()."
-        )
+def prepare_cache(model: Module, cache: Cache | None, use_cache: bool | None, kwargs: dict[str, Any]) -> Cache | None:
+    """
+    Return the cache to read and update: the given one, under any name, or with `use_cache` a new one.
 
-
-def take_paged_cache(kwargs: dict[str, Any]) -> Any:
-    """The cache of continuous batching, which is no `Cache`, taken out of `kwargs`."""
-    if kwargs.get("cache") is None:
-        raise TypeError(
-            "cache is missing from what continuous batching hands over; install a version of transformers that "
-            "hf_minigpt names as supported."
-        )
-    return kwargs.pop("cache")
-
-
-def check_kwargs(kwargs: dict[str, Any], attention: str, position_ids: torch.Tensor | None) -> None:
-    """Refuse what nobody would read; an attention function from elsewhere may want any name."""
-    read = next((names for prefix, names in READ_BY_ATTENTION.items() if attention.startswith(prefix)), None)
-    if read is None:
-        return
-    is_paged = hasattr(kwargs.get("cache"), "update") and attention != "eager"
-    for name in [name for name, value in kwargs.items() if value is not None]:
-        if name in KNOWN_KWARGS or name in read or (is_paged and name in READ_WITH_PAGED_CACHE):
-            continue
-        if name not in DOCUMENT_BORDERS:
-            raise TypeError(
-                f"{name}={type(kwargs[name]).__name__} is no argument of MiniGPT's forward, and attention "
-                f"{attention!r} does not read it: check the spelling, or leave it out."
-            )
-        if position_ids is None and not is_paged and not attention.startswith("flash_attention"):
+    Raises:
+        TypeError: as in `pop_cache`.
+        ValueError: the cache holds tokens, in training with gradient checkpointing.
+    """
+    cache = pop_cache(cache, kwargs)
+    if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        # The backward pass runs each block again, which would add its keys and values to the cache again.
+        if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"{name} is given without position_ids, from which attention {attention!r} tells the documents: give "
-                "position_ids that begin at 0 in each document."
+                f"past_key_values holds {cache.get_seq_length()} tokens, but gradient checkpointing in training reads "
+                "no cache. Give all tokens in input_ids, or call model.gradient_checkpointing_disable()."
             )
-    if kwargs.get("is_causal") is False and not is_paged:
-        raise ValueError("is_causal is False, but MiniGPT reads from left to right only: leave it out.")
+        return None
+    if use_cache and cache is None:
+        cache = DynamicCache(config=model.config)
+    if cache is not None:
+        use_growing_layers(cache)
+    return cache
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values (B, H, S, D) are the beginning of buffers with room for more."""
+    """A `DynamicLayer` with spare room: its keys and values (B, H, S, D) are views of larger buffers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -124,7 +92,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `DynamicLayer`. Where gradients flow or a graph is traced nothing is written in place."""
+        """Append keys and values as `DynamicLayer` does; in place, unless gradients flow or a graph is traced."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -141,7 +109,7 @@ class GrowingLayer(DynamicLayer):
         return self.views
 
     def has_room(self, states: torch.Tensor, end: int) -> bool:
-        # Whoever reorders, selects or repeats rows puts tensors of their own in place of the views.
+        # Reordering, selecting or repeating rows replaces the views by other tensors.
         if self.views is None or self.keys is not self.views[0] or self.values is not self.views[1]:
             return False
         buffer = self.buffers[0]
@@ -158,7 +126,7 @@ class GrowingLayer(DynamicLayer):
         old, self.buffers = (self.keys, self.values), []
         for kept, states in zip(old, (key_states, value_states), strict=True):
             rows, heads, _, width = states.shape
-            # Rows that do not match are an error, as they are in `DynamicLayer`.
+            # A mismatch of rows is an error, as in `DynamicLayer`.
             rows = kept.shape[0] if begin else rows
             self.buffers.append(states.new_empty(rows, heads, capacity, width))
             if begin:
@@ -175,15 +143,51 @@ class GrowingLayer(DynamicLayer):
         self.buffers, self.views = [], None
 
 
-def grow_in_place(cache: Cache) -> None:
-    """Give an empty `DynamicCache` layers that grow in place; any other cache is left as it is."""
-    if type(cache) is not DynamicCache or cache.offloading:
+def use_growing_layers(cache: Cache) -> None:
+    """Give an empty `DynamicCache` layers with spare room. Any other cache is left unchanged."""
+    if type(cache) is not DynamicCache or cache.offloading or not fast_paths_enabled():
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = GrowingLayer()
+
+
+class FastGenerationMixin(GenerationMixin):
+    """`GenerationMixin`, with a faster preparation of single tokens."""
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids, next_sequence_length=None, **kwargs
+    ):
+        inputs = single_token_inputs(self, input_ids, **kwargs) if next_sequence_length == 1 else None
+        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]
+        return inputs or prepare(input_ids, next_sequence_length, **kwargs)
+
+
+def single_token_fast_path(forward: Callable) -> Callable:
+    """Decorate a language model's forward: `model.fast_decoder` computes the logits of single tokens if it can."""
+
+    @wraps(forward)
+    def forward_with_fast_path(
+        model, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, *args, **kwargs
+    ):
+        past_key_values = pop_cache(past_key_values, kwargs)
+        is_single_token = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1
+        if is_single_token and not args and wants_only_logits(kwargs):
+            logits = model.fast_decoder.step(model, input_ids, attention_mask, position_ids, past_key_values)
+            if logits is not None:
+                return MiniGPTCausalLMOutput(logits=logits, **{CACHE_FIELD: past_key_values})
+        return forward(model, input_ids, attention_mask, position_ids, past_key_values, *args, **kwargs)
+
+    return forward_with_fast_path
+
+
+def wants_only_logits(kwargs: dict[str, Any]) -> bool:
+    """Return whether every argument is one that does not change a single token's logits, or is not set."""
+    neutral = ("use_cache", "logits_to_keep")
+    return all(value is None or value is False for name, value in kwargs.items() if name not in neutral)
 
 
 def single_token_inputs(
@@ -197,52 +201,52 @@ def single_token_inputs(
     **kwargs,
 ) -> dict[str, Any] | None:
     """
-    What transformers' `prepare_inputs_for_generation` makes of `input_ids` (B, S) when only the last is to be read,
-    without its many questions; None where one of them matters.
+    Return what transformers' `prepare_inputs_for_generation` returns for `input_ids` (B, S) of which only the last is
+    new, without its many checks. None where one of these checks matters.
     """
-    past_key_values = take_cache(past_key_values, kwargs)
+    past_key_values = pop_cache(past_key_values, kwargs)
     if (
         is_first_iteration
+        or not fast_paths_enabled()
         or type(past_key_values) is not DynamicCache
         or not kwargs.keys() <= {"use_cache", "logits_to_keep"}
         or input_ids.device != lm.model.embed_tokens.weight.device
     ):
         return None
     inputs = {name: ids for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)) if ids is not None}
-    # Cloned: the same strides each time, for whoever compiles the model.
+    # Clone, so that a compiled model sees the same strides each time.
     inputs = {name: ids[..., -1:].clone(memory_format=torch.contiguous_format) for name, ids in inputs.items()}
     return {**inputs, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether nothing listens to or replaces the module's forward, so that a caller may do its work instead."""
+def has_plain_forward(module: nn.Module) -> bool:
+    """Return whether the module's forward has no hooks and is not replaced, so that callers may skip it."""
     return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_plain_matrix(module: Module) -> bool:
-    """Whether `module` is a float32 matrix in the CPU's memory and nothing more: no adapter, no shard, no hook."""
+def is_plain_float32_linear(module: Module) -> bool:
+    """Return whether `module` is a plain float32 linear layer: no adapter, no shard, no hook."""
     if not is_plain_linear(module):
         return False
     weight = module.weight
     return type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_inference()
 
 
-class Decoding:
+class SingleTokenDecoder:
     """
-    The step for one token of `MiniGPTForCausalLM`, on the CPU and without gradients.
+    `MiniGPTForCausalLM` for one token per row, on a CPU and without gradients.
 
-    Linear layers that are not plain float32 matrices (adapters, int8, shards, hooks) are called as modules, so that
-    whatever they do is done.
+    Linear layers that are not plain float32 matrices (adapters, int8, shards, hooks) are called as modules.
     """
 
     def __init__(self) -> None:
-        self.blocks: list[DecodingBlock] = []
+        self.blocks: list[SingleTokenBlock] = []
         self.num_layers = 0
-        self.verified_for: Callable[[], Cache | None] = lambda: None
+        self.checked_for: Callable[[], Cache | None] = lambda: None
 
     def __reduce__(self) -> tuple:
-        # A copy of the model is walked through anew.
-        return Decoding, ()
+        # A copy of the model must not share weights with the original.
+        return SingleTokenDecoder, ()
 
     def step(
         self,
@@ -253,40 +257,28 @@ class Decoding:
         cache: Cache,
     ) -> torch.Tensor | None:
         """
-        The logits (B, 1, V) that follow `input_ids` (B, 1) after what `cache` holds, to which its keys and values are
-        added; None, and nothing done, where the ordinary way has to be taken.
+        Return the logits (B, 1, V) after `input_ids` (B, 1), and add its keys and values to the cache. None, without
+        any effect, where the model's forward must run.
         """
         if not self.applies(lm, input_ids, attention_mask, position_ids, cache):
             return None
         model = lm.model
         past_length = cache.get_seq_length()
-        given = position_ids is not None
-        if position_ids is None and attention_mask is None:
-            position_ids = torch.full((1, 1), past_length)
-        elif position_ids is None:
-            assert attention_mask is not None
-            position_ids = (attention_mask.long().sum(-1, keepdim=True) - 1).clamp(min=0)
+        is_given = position_ids is not None
+        if position_ids is None:
+            position_ids = default_position_ids(attention_mask, input_ids, past_length)
         mask = None
         if attention_mask is not None and not attention_mask.all():
-            mask = attention_mask[:, None, None, :].bool()
+            mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
 
-        hidden_states = model.embed_tokens(input_ids)
-        rotation = None
-        if model.position_embedding_type == "learned":
-            try:
-                hidden_states = hidden_states + model.embed_positions(position_ids)
-            except IndexError:
-                # Looking at the positions first would cost more than the look-up itself.
-                check_positions(position_ids, model.max_position_embeddings, past_length, given)
-                raise
-        elif model.position_embedding_type == "sinusoidal":
-            hidden_states = hidden_states + sinusoidal_embedding(position_ids, like=hidden_states)
-        elif model.position_embedding_type == "rope":
-            rotation = model.rotary_emb(hidden_states, position_ids)
-        if model.embedding_norm is not None:
-            hidden_states = model.embedding_norm(hidden_states)
-
-        hidden_states = hidden_states[:, 0]
+        try:
+            hidden_states, rotation = model.embed(model.embed_tokens(input_ids), position_ids)  # (B, 1, C)
+        except IndexError:
+            # Checking the positions first would take longer than the lookup.
+            if model.num_learned_positions is not None:
+                check_positions(position_ids, model.num_learned_positions, past_length, is_given)
+            raise
+        hidden_states = hidden_states[:, 0]  # (B, C)
         for block in self.blocks:
             hidden_states = block.step(hidden_states, rotation, mask, cache)
         logits = self.head(self.final_norm(hidden_states)).contiguous()
@@ -303,22 +295,24 @@ class Decoding:
                 return False
         if position_ids is not None and position_ids.ndim != 2:
             return False
-        # Modules are looked at once a text, their weights wherever they are read: looking costs time, too.
+        if not fast_paths_enabled():
+            return False
+        # Modules are checked once per cache, weights at each use: checking takes time, too.
         num_layers = lm.config.num_hidden_layers
-        if self.verified_for() is not cache or self.num_layers != num_layers:
-            if not self.is_ordinary(lm, input_ids):
+        if self.checked_for() is not cache or self.num_layers != num_layers:
+            if not self.is_supported(lm, input_ids):
                 return False
-            self.blocks = [DecodingBlock(block) for block in lm.model.layers[:num_layers]]
+            self.blocks = [SingleTokenBlock(block) for block in lm.model.layers[:num_layers]]
             self.num_layers = num_layers
-            self.final_norm = direct_norm(lm.model.norm)
-            self.head = product_of(lm.lm_head)
+            self.final_norm = norm_function(lm.model.norm)
+            self.head = linear_function(lm.lm_head)
             self.softcap = lm.config.final_logit_softcapping
             self.num_ids = lm.config.unpadded_vocab_size
-            self.verified_for = weakref.ref(cache)
+            self.checked_for = weakref.ref(cache)
         return True
 
-    def is_ordinary(self, lm: Module, input_ids: torch.Tensor) -> bool:
-        """Whether the model is one whose blocks can be walked through from here."""
+    def is_supported(self, lm: Module, input_ids: torch.Tensor) -> bool:
+        """Return whether the forward of the model and its blocks may be skipped."""
         model, config = lm.model, lm.config
         containers = [model, *model.layers]
         for block in model.layers:
@@ -330,96 +324,82 @@ class Decoding:
             and config._attn_implementation == "sdpa"
             and not config.output_attentions
             and not config.output_hidden_states
-            and all(is_bare(module) for module in containers)
+            and all(has_plain_forward(module) for module in containers)
         )
 
 
-class DecodingBlock:
-    """`MiniGPTBlock` for one token a row: hidden states are (B, C)."""
+class SingleTokenBlock:
+    """`MiniGPTBlock` for one token per row, with hidden states (B, C)."""
 
     def __init__(self, block: Module):
-        attention = block.self_attn
-        self.input_norm = direct_norm(block.input_layernorm)
-        self.mlp_norm = direct_norm(block.post_attention_layernorm)
-        self.project_inputs = joint_product_of([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.project_output = product_of(attention.o_proj)
-        self.head_mask = None if attention.head_mask is None else torch.tensor(attention.head_mask)[:, None, None]
-        self.pre_norm, self.residual = block.pre_norm, block.residual
-        self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
-        self.scaling, self.norm_eps = attention.scaling, attention.norm_eps
-        self.has_mlp = block.mlp is not None
+        self.attention = attention = block.self_attn
+        self.branch_input, self.add_branch = block.branch_input, block.add_branch
+        self.input_norm = norm_function(block.input_layernorm)
+        self.mlp_norm = norm_function(block.post_attention_layernorm)
+        self.project_qkv = joint_linear_function([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.project_output = linear_function(attention.o_proj)
+        self.layer_idx, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        self.has_head_mask, self.has_mlp = attention.head_mask is not None, block.mlp is not None
         if self.has_mlp:
-            self.act_fn, self.up, self.down = (
-                block.mlp.act_fn,
-                product_of(block.mlp.up_proj),
-                product_of(block.mlp.down_proj),
-            )
+            self.act_fn = block.mlp.act_fn
+            self.up, self.down = linear_function(block.mlp.up_proj), linear_function(block.mlp.down_proj)
 
     def step(self, hidden_states, rotation, mask, cache: Cache) -> torch.Tensor:
-        inputs = self.input_norm(hidden_states) if self.pre_norm else hidden_states
-        hidden_states = self.join(hidden_states, self.attend(inputs, rotation, mask, cache), self.input_norm)
-        if not self.has_mlp:
-            return hidden_states
-        inputs = self.mlp_norm(hidden_states) if self.pre_norm else hidden_states
-        return self.join(hidden_states, self.down(self.act_fn(self.up(inputs))), self.mlp_norm)
+        branch = self.attend(self.branch_input(hidden_states, self.input_norm), rotation, mask, cache)
+        hidden_states = self.add_branch(hidden_states, branch, self.input_norm)
+        if self.has_mlp:
+            branch = self.down(self.act_fn(self.up(self.branch_input(hidden_states, self.mlp_norm))))
+            hidden_states = self.add_branch(hidden_states, branch, self.mlp_norm)
+        return hidden_states
 
     def attend(self, inputs, rotation, mask, cache: Cache) -> torch.Tensor:
-        projected = self.project_inputs(inputs).reshape(inputs.shape[0], 3, -1, 1, self.head_dim)
-        query, key, value = projected.unbind(1)  # (B, H, 1, D)
-        if rotation is not None:
-            query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
-        if self.norm_eps is not None:
-            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps)
-        key, value = cache.update(key, value, self.layer_idx)
+        heads = self.project_qkv(inputs).reshape(inputs.shape[0], 3, -1, 1, self.head_dim)
+        query, key, value = heads.unbind(1)  # (B, H, 1, D)
+        query, key = self.attention.rotate_and_norm(query, key, rotation)
+        key, value = cache.update(key, value, self.layer_idx)  # (B, H, S, D)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        if self.head_mask is not None:
-            output = output * self.head_mask
+        if self.has_head_mask:
+            output = self.attention.scale_heads(output.transpose(1, 2))  # (B, 1, H, D)
         return self.project_output(output.reshape(inputs.shape[0], -1))
 
-    def join(self, hidden_states, branch, norm) -> torch.Tensor:
-        if self.residual:
-            branch = hidden_states + branch
-        return branch if self.pre_norm else norm(branch)
 
-
-def direct_norm(norm: Module) -> Any:
-    """A layer norm without the module around it, whose calls add up in a small model."""
-    if type(norm) is not nn.LayerNorm or not is_bare(norm):
+def norm_function(norm: Module) -> Any:
+    """Return a norm as a function. A layer norm skips its module, whose overhead adds up in a small model."""
+    if type(norm) is not nn.LayerNorm or not has_plain_forward(norm):
         return norm
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda inputs: torch.layer_norm(inputs, shape, weight, bias, eps)
 
 
-def product_of(module: Module) -> Product:
-    """A linear layer as a function from (B, I) to (B, O)."""
-    if not is_plain_matrix(module):
-        # An adapter expects the dimension of positions.
+def linear_function(module: Module) -> LinearFunction:
+    """Return a linear layer as a function from (B, I) to (B, O)."""
+    if not is_plain_float32_linear(module):
+        # Adapters expect inputs (B, T, I).
         return lambda inputs: module(inputs[:, None])[:, 0]
-    # Looked up at each call, so that a weight may change; past the module, which takes twice as long to ask.
+    # Looked up at each call, because a weight may change; in the dict, which is twice as fast as the attribute.
     parameters = module._parameters
     linear = F.linear if module.weight.numel() < SMALL_MATRIX else few_rows_linear
     return lambda inputs: linear(inputs, parameters["weight"], parameters["bias"])
 
 
-def joint_product_of(modules: list[Module]) -> Product:
-    """Several linear layers of one input, their outputs side by side: small ones as one product, on a copy."""
-    is_small = all(is_plain_matrix(module) and module.weight.numel() < SMALL_MATRIX for module in modules)
+def joint_linear_function(modules: list[Module]) -> LinearFunction:
+    """Return linear layers of one input as one function that concatenates their outputs; small ones as one product."""
+    is_small = all(is_plain_float32_linear(module) and module.weight.numel() < SMALL_MATRIX for module in modules)
     if not is_small:
-        products = [product_of(module) for module in modules]
-        return lambda inputs: torch.cat([product(inputs) for product in products], dim=-1)
+        functions = [linear_function(module) for module in modules]
+        return lambda inputs: torch.cat([function(inputs) for function in functions], dim=-1)
     weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
-    # Its weights as they were: a change of any shows in its version.
+    # The concatenated copy is rebuilt when a parameter's version changes.
     versions: list[int] = []
     copies: list[torch.Tensor | None] = []
 
-    def product(inputs: torch.Tensor) -> torch.Tensor:
-        now = [weight._version for weight in weights] + [bias._version for bias in biases]
-        if now != versions:
-            versions[:] = now
+    def joint_linear(inputs: torch.Tensor) -> torch.Tensor:
+        current = [weight._version for weight in weights] + [bias._version for bias in biases]
+        if current != versions:
+            versions[:] = current
             bias = torch.cat(biases).detach() if biases else None
             copies[:] = [torch.cat(weights).detach(), bias]
         return F.linear(inputs, *copies)
 
-    return product
+    return joint_linear

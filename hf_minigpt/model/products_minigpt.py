@@ -1,13 +1,16 @@
 """
-Matrix products on a CPU, by whichever of PyTorch's libraries does them faster. It travels with a checkpoint.
+Matrix products on a CPU, with the faster of PyTorch's two libraries, and the switch that turns every fast path off.
 
-PyTorch multiplies float32 by MKL, which on AMD's processors leaves the 512-bit vectors unused; oneDNN, which PyTorch
-brings along for its compiler, uses them, and takes half the time. For a token or a few, where a product costs the
-time of reading the matrix, MKL has to be asked in the right way.
+PyTorch computes float32 products with MKL, which leaves the 512-bit vectors of AMD processors unused. oneDNN, which
+PyTorch ships for its compiler, uses them and takes half the time. For a few rows, where reading the matrix takes most
+of the time, the shape of the MKL call decides the speed.
 """
 
+import contextlib
 import functools
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,28 +21,49 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
 
-# Below so many rows or multiplications oneDNN's calls cost more than they save.
+# Below these sizes the overhead of an oneDNN call exceeds the gain.
 MIN_ROWS = 8
 MIN_MULTIPLICATIONS = 2**21
 
-# `few_rows_linear` is the faster one up to so many rows, and from so many weights on.
+# `few_rows_linear` is faster up to this number of rows, for matrices of at least this number of elements.
 FEW_ROWS = 32
 SMALL_MATRIX = 2**17
-# Outputs from which several rows are multiplied in blocks, which leaves each row's in one piece.
+# From this number of outputs on, several rows are multiplied in blocks, so that each output row stays contiguous.
 LARGE_HEAD = 2**13
+
+_fast_paths_enabled = os.environ.get("MINIGPT_FAST_PATHS", "1") != "0"
+
+
+def fast_paths_enabled() -> bool:
+    """
+    Return whether the fast paths may run: oneDNN products, attention per document, the loss without logits and
+    single-token decoding. MINIGPT_FAST_PATHS=0 in the environment turns all of them off.
+    """
+    return _fast_paths_enabled
+
+
+@contextlib.contextmanager
+def fast_paths(enabled: bool) -> Iterator[None]:
+    """Turn every fast path on or off within a `with` block, to compare a fast path with the plain computation."""
+    global _fast_paths_enabled
+    before, _fast_paths_enabled = _fast_paths_enabled, enabled
+    try:
+        yield
+    finally:
+        _fast_paths_enabled = before
 
 
 @functools.cache
-def prefers_onednn() -> bool:
-    """Whether this machine's float32 products are faster in oneDNN: an AMD processor with AVX-512, and MKL."""
+def onednn_is_faster() -> bool:
+    """Return whether oneDNN is faster in float32 here: an AMD processor with AVX-512, and a PyTorch with MKL."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not has_both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor_description()
 
 
-def processor() -> str:
-    """What the system says of its processor, with its maker's name."""
+def processor_description() -> str:
+    """Return the operating system's description of the processor, which contains the vendor's name."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             return file.read(4096)
@@ -47,17 +71,18 @@ def processor() -> str:
         return platform.processor()
 
 
-def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+def uses_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """
-    Whether `linear` of inputs (..., I) and weight (O, I) is oneDNN's: plain and large float32 matrices, and nothing
-    that knows `F.linear` only. `torch.backends.mkldnn.flags(enabled=False)` makes it False.
+    Return whether `linear` of inputs (..., I) and weight (O, I) runs in oneDNN: large float32 matrices, in plain eager
+    mode. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
     """
     return (
-        # a tracer may not know the sizes, and shall not learn of this machine
+        # Traced graphs must stay portable, and a tracer may not know the sizes.
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and prefers_onednn()
-        # neither a tracer's nor a shard's
+        and _fast_paths_enabled
+        and onednn_is_faster()
+        # Excludes the tensor subclasses of tracers and shards.
         and type(inputs) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
         and inputs.device.type == "cpu"
@@ -66,24 +91,26 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and inputs.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not is_transformed()
+        and not in_function_transform()
     )
 
 
-def is_transformed() -> bool:
+def in_function_transform() -> bool:
     """
-    Whether `torch.func` or forward-mode differentiation is at work: then there must be neither a look at values nor an
-    autograd function of our own.
+    Return whether a `torch.func` transform or forward-mode differentiation is active. Values must not be read then,
+    and custom autograd functions do not work.
     """
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def aligned(num_rows: int) -> int:
+def round_up_rows(num_rows: int) -> int:
     """
-    The number of rows rounded up, by an eighth at most (or to 8): oneDNN compiles for each shape and keeps what it has
-    compiled, half a megabyte, for good, so that they must not be as many as the lengths of texts.
+    Round a number of rows up, by an eighth at most (or to 8).
+
+    oneDNN compiles a kernel per shape and keeps it forever, half a megabyte each. Rounding keeps the number of shapes
+    small for batches of any length.
     """
     step = max(8, 1 << max(num_rows.bit_length() - 4, 0))
     return -(-num_rows // step) * step
@@ -102,81 +129,81 @@ class _OneDNNProduct(torch.autograd.Function):
         left, right = ctx.saved_tensors
         needs_left, needs_right, needs_bias = ctx.needs_input_grad
         grad_left = onednn_product(grad, right.t()) if needs_left else None
-        grad_right = outer_product(grad, left) if needs_right else None
+        grad_right = weight_gradient(grad, left) if needs_right else None
         return grad_left, grad_right, grad.sum(0) if needs_bias else None
 
 
 def run_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`onednn_product` without gradients."""
+    """Compute `onednn_product` without gradients."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` of matrices (N, I) and (O, I) of any size and strides, and of a bias (O,) or None: (N, O)."""
+    """Compute `F.linear` of matrices (N, I) and (O, I) of any size and strides, and a bias (O,) or None: (N, O)."""
     return (_OneDNNProduct.apply if torch.is_grad_enabled() else run_onednn)(left, right, bias)
 
 
-def outer_product(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The gradient (O, I) of a weight: grad (N, O), transposed, times inputs (N, I)."""
-    # oneDNN copies the first factor to transpose it: the smaller one. Then the result lies in memory as (I, O).
+def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Compute the gradient (O, I) of a weight: grad (N, O), transposed, times inputs (N, I)."""
+    # oneDNN copies the first factor to transpose it. Choose the smaller one; the result then has the layout of (I, O).
     if grad.shape[1] > inputs.shape[1]:
         return onednn_product(inputs.t(), grad.t()).t()
     return onednn_product(grad.t(), inputs.t())
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` of inputs (..., I), a weight (O, I) and a bias (O,) or None: (..., O)."""
-    if not takes_onednn(inputs, weight):
+    """Compute `F.linear` of inputs (..., I), a weight (O, I) and a bias (O,) or None: (..., O)."""
+    if not uses_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
     rows = inputs if inputs.ndim == 2 else inputs.flatten(0, -2)
     num_rows = rows.shape[0]
-    num_more = aligned(num_rows) - num_rows
-    outputs = onednn_product(F.pad(rows, (0, 0, 0, num_more)) if num_more else rows, weight, bias)
-    if num_more:
+    num_padding = round_up_rows(num_rows) - num_rows
+    outputs = onednn_product(F.pad(rows, (0, 0, 0, num_padding)) if num_padding else rows, weight, bias)
+    if num_padding:
         outputs = outputs[:num_rows]
     return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
 
 
 def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` of stacks of matrices (N, R, K) and (N, K, C): (N, R, C)."""
-    if not takes_onednn(left[0], right[0].mT):
+    """Compute `left @ right` of stacks of matrices (N, R, K) and (N, K, C): (N, R, C)."""
+    if not uses_onednn(left[0], right[0].mT):
         return left @ right
     return torch.stack([onednn_product(a, b.mT) for a, b in zip(left, right, strict=True)])
 
 
-class _ByLinear(TorchFunctionMode):
-    """Within it every `F.linear` is `linear`'s."""
+class _ReplaceLinear(TorchFunctionMode):
+    """Context manager that replaces `F.linear` by `linear`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not F.linear:
             return func(*args, **kwargs)
-        # some call it by the names of its arguments
-        names = {"inputs" if name == "input" else name: value for name, value in kwargs.items()}
-        return linear(*args, **names)
+        kwargs = {"inputs" if name == "input" else name: value for name, value in kwargs.items()}
+        return linear(*args, **kwargs)
 
 
 def project(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """
-    `module(inputs)` of a linear layer, its product by `linear`.
+    Call a linear layer, with its product computed by `linear`.
 
-    The layers themselves are plain `nn.Linear`: tools that quantise, adapt or count ask for exactly that class.
+    The layers stay plain `nn.Linear`, because tools that quantize, adapt or count layers look for exactly that class.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not prefers_onednn():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (_fast_paths_enabled and onednn_is_faster()):
         return module(inputs)
     if isinstance(module, nn.Linear) and is_plain_linear(module):
         return linear(inputs, module.weight, module.bias)
-    # what an adapter wraps, and a layer that somebody listens to, is no slower
-    with _ByLinear():
+    # Adapters and hooked layers must be called as modules. The products inside them are still replaced.
+    with _ReplaceLinear():
         return module(inputs)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """
-    Whether calling `module` is nothing but its matrix product: then its weight may be read past the call.
+    Return whether calling `module` computes its matrix product and nothing else, so that callers may use its weight
+    directly.
 
-    False for an adapter (PEFT), a quantised or sharded head, and one that accelerate or a tensor-parallel plan hooks,
-    or anyone else, to see the forward or the backward pass.
+    False for an adapter (PEFT), a quantized or sharded layer, and a layer with forward or backward hooks, for example
+    those of accelerate or of a tensor-parallel plan.
     """
     return (
         type(module) is nn.Linear
@@ -191,21 +218,20 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """
-    `F.linear` of a few rows (B, I) with a large matrix (O, I) in float32 on a CPU, near its memory's speed: (B, O).
+    Compute `F.linear` of a few rows (B, I) and a large float32 matrix (O, I) near the speed of memory: (B, O).
 
-    MKL reads the matrix at half that speed or less for one row, and again for each further one. A batch of products
-    with blocks of the matrix's rows it shares out among its threads as it should, and several rows are no trouble to
-    it on the matrix's right.
+    For one row MKL reads the matrix at half that speed or less, and it reads it again for each further row. Blocks of
+    the matrix's rows let MKL parallelise; several rows are fast as the right-hand factor.
     """
     num_outputs, width = weight.shape
     num_rows = inputs.shape[0]
-    if num_rows >= MIN_ROWS and takes_onednn(inputs, weight):
+    if num_rows >= MIN_ROWS and uses_onednn(inputs, weight):
         return linear(inputs, weight, bias)
     if num_rows > 1 and num_outputs < LARGE_HEAD:
         if bias is None:
             return torch.mm(weight, inputs.t()).t()
         return torch.addmm(bias[:, None], weight, inputs.t()).t()
-    num_blocks = count_blocks(num_outputs, num_rows)
+    num_blocks = choose_num_blocks(num_outputs, num_rows)
     blocks = weight.view(num_blocks, -1, width)
     if num_rows > 1:
         outputs = torch.bmm(inputs.expand(num_blocks, num_rows, width), blocks.mT)
@@ -218,7 +244,7 @@ def few_rows_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 @functools.cache
-def count_blocks(num_outputs: int, num_rows: int) -> int:
-    """Equal blocks of a matrix's rows: four or a little more for one row, of some 2,000 for several; else one."""
+def choose_num_blocks(num_outputs: int, num_rows: int) -> int:
+    """Choose into how many equal blocks to split a matrix: 4 or a few more for one row, else about 2,000 rows each."""
     smallest = 4 if num_rows == 1 else max(num_outputs // 2048, 1)
     return next((n for n in range(smallest, 8 * smallest + 1) if num_outputs % n == 0), 1)

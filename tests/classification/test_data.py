@@ -19,7 +19,7 @@ from hf_minigpt.classification.data import (
 )
 from hf_minigpt.classification.model import frame_with_end_of_text
 from hf_minigpt.data.corpora import load_documents
-from hf_minigpt.model.functional_minigpt import truncate_texts
+from hf_minigpt.model.pooling_minigpt import truncate_rows
 from hf_minigpt.tokenization import train_tokenizer
 
 
@@ -209,7 +209,7 @@ def test_rows_are_what_the_saved_tokenizer_and_the_model_read(tokenizer, truncat
     raw = ["", "short", LONG, " a<br /><BR>\n\nb<br>c\n\n\n d\t", " ".join(["w1"] * 7)]
     data = rows([clean_text(text) for text in raw], tokenizer, length, truncation)
     batch = framed(raw, padding=True, return_tensors="pt")
-    kept, mask = truncate_texts(batch.input_ids, batch.attention_mask != 0, model_truncation(truncation), length)
+    kept, mask = truncate_rows(batch.input_ids, batch.attention_mask != 0, model_truncation(truncation), length)
     for i, text in enumerate(raw):
         assert data[i]["input_ids"].tolist() == kept[i][mask[i] != 0].tolist(), text
         assert data[i]["labels"] == 1

@@ -1,3 +1,5 @@
+"""The classifier: pooling, losses, problem types, truncation, and agreement with transformers' GPT-2."""
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ def classifier(name="gpt2", **overrides):
     options = {"num_labels": 3, "pad_token_id": PAD, **overrides}
     model = tiny_model(name, model_class=MiniGPTForSequenceClassification, **options)
     if model.pool_query is not None:
-        # zero at first, which would be the mean
+        # The initial zero equals mean pooling.
         torch.nn.init.normal_(model.pool_query.weight, generator=torch.Generator().manual_seed(0))
     return model
 
@@ -38,7 +40,7 @@ def padded(rows, side="right", length=None, pad=PAD):
 
 
 def plain_logits(model, row):
-    """The definition: the head of the last hidden state, or of a mean of all, of a row without any padding."""
+    """The definition: the head of the last hidden state, or of a mean, of a row without padding."""
     hidden = model.model(row).last_hidden_state[0]
     if model.config.pooling == "attention":
         factors = torch.exp(hidden @ model.pool_query.weight[0])
@@ -56,7 +58,7 @@ def assert_close(actual, expected, **tolerance):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_each_row_of_a_batch_is_judged_as_alone(name, side, pooling, attention):
+def test_padded_rows_score_as_unpadded_ones(name, side, pooling, attention):
     model = classifier(name, pooling=pooling, attn_implementation=attention)
     rows = rows_of_text()
     expected = torch.stack([plain_logits(model, row) for row in rows])
@@ -70,14 +72,14 @@ def test_each_row_of_a_batch_is_judged_as_alone(name, side, pooling, attention):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_without_a_mask_the_pad_token_tells(pooling):
+def test_without_a_mask_the_pad_token_marks_padding(pooling):
     model = classifier(pooling=pooling)
     rows = rows_of_text()
     ids, _ = padded(rows)
     assert_close(model(ids).logits, torch.stack([plain_logits(model, row) for row in rows]))
 
 
-def test_a_final_eos_that_is_also_the_pad_token_is_read():
+def test_a_final_eos_equal_to_the_pad_token_is_text():
     model = classifier(eos_token_id=PAD)
     rows = [torch.cat([row, torch.tensor([[PAD]])], 1) for row in rows_of_text()]
     expected = torch.stack([plain_logits(model, row) for row in rows])
@@ -95,7 +97,7 @@ def test_a_pad_token_inside_the_text_is_text():
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_padding_that_cannot_be_known_is_refused(pooling):
+def test_unknown_padding_is_refused(pooling):
     rows = rows_of_text([5, 5])
     ids, mask = padded(rows)
     model = classifier(pooling=pooling, pad_token_id=None)
@@ -111,7 +113,7 @@ def test_padding_that_cannot_be_known_is_refused(pooling):
     assert_close(model(inputs_embeds=embeds[:1]).logits, expected[:1])
 
 
-def test_a_row_of_padding_only_disturbs_nobody():
+def test_a_row_of_padding_does_not_change_other_rows():
     for pooling in POOLINGS:
         model = classifier(pooling=pooling)
         ids, mask = padded(rows_of_text([4, 6]))
@@ -139,12 +141,12 @@ LOSSES = {
         torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
         lambda logits, y: -(y * logits.sigmoid().log() + (1 - y) * (1 - logits.sigmoid()).log()).mean(),
     ),
-    "told_multi_label": (
+    "given_multi_label": (
         {"num_labels": 3, "problem_type": "multi_label_classification"},
         torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
         lambda logits, y: -(y * logits.sigmoid().log() + (1 - y) * (1 - logits.sigmoid()).log()).mean(),
     ),
-    "told_single_label": (
+    "given_single_label": (
         {"num_labels": 3, "problem_type": "single_label_classification"},
         torch.tensor([2, 0, 1, 1], dtype=torch.int32),
         lambda logits, y: F.cross_entropy(logits, y.long()),
@@ -153,7 +155,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_losses(kind):
+def test_losses_equal_their_definitions(kind):
     options, labels, definition = LOSSES[kind]
     model = classifier(**options)
     ids, mask = padded(rows_of_text())
@@ -169,7 +171,7 @@ def test_losses(kind):
     assert model.score.weight.grad.any() and model.model.embed_tokens.weight.grad.any()
 
 
-def test_an_empty_label_teaches_nothing():
+def test_ignored_labels_do_not_change_the_loss():
     model = classifier()
     ids, mask = padded(rows_of_text())
     labels = torch.tensor([2, -100, -100, 1])
@@ -182,7 +184,7 @@ def test_an_empty_label_teaches_nothing():
 
 
 def plain_auxiliary_loss(model, rows):
-    """Mean over the rows of the mean over each row's tokens."""
+    """Compute the mean over the rows of the mean over each row's tokens."""
     language_model = MiniGPTForCausalLM(model.config).eval()
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("score")}
     language_model.load_state_dict(state)
@@ -195,7 +197,7 @@ def plain_auxiliary_loss(model, rows):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", [*POSITIONS, "rope"])
-def test_auxiliary_language_model_loss(name, side):
+def test_auxiliary_loss_equals_its_definition(name, side):
     rows, labels = rows_of_text(), torch.tensor([2, 0, 1, 1])
     ids, mask = padded(rows, side)
     model = classifier(name, auxiliary_lm_weight=0.5)
@@ -213,8 +215,7 @@ def test_auxiliary_language_model_loss(name, side):
     assert_close(counted, output.loss / 2)
 
 
-def test_auxiliary_loss_of_other_problems():
-    """With any kind of labels it is the mean over the rows."""
+def test_auxiliary_loss_is_a_mean_over_rows_for_every_problem_type():
     rows = rows_of_text()
     ids, mask = padded(rows)
     for kind in ("regression", "multi_label"):
@@ -225,7 +226,7 @@ def test_auxiliary_loss_of_other_problems():
         assert_close(output.loss.double(), expected)
 
 
-def test_auxiliary_loss_needs_ids():
+def test_auxiliary_loss_requires_ids():
     model = classifier(auxiliary_lm_weight=0.5)
     ids, mask = padded(rows_of_text())
     embeds = model.get_input_embeddings()(ids)
@@ -252,7 +253,7 @@ def test_the_auxiliary_head_comes_from_the_language_model_and_is_saved(name, tmp
     labels = torch.tensor([2, 0, 1, 1])
     before, after = (m.eval()(ids, attention_mask=mask, labels=labels) for m in (model, again))
     assert torch.equal(before.loss, after.loss) and torch.equal(before.logits, after.logits)
-    # and without its weight the head is left out
+    # With a weight of 0 the head is not loaded.
     plain = MiniGPTForSequenceClassification.from_pretrained(tmp_path / "classifier", auxiliary_lm_weight=0.0).eval()
     assert torch.equal(plain(ids, attention_mask=mask).logits, before.logits)
 
@@ -274,7 +275,7 @@ def test_equals_gpt2_of_transformers(tmp_path):
 
 
 def gpt2_and_ours(**options):
-    """GPT-2's classifier of transformers and a MiniGPT of the same weights."""
+    """Return transformers' GPT-2 classifier, and a MiniGPT with the same weights."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=28, n_embd=12, n_layer=1, n_head=2, n_positions=16, pad_token_id=0, bos_token_id=None,
@@ -308,23 +309,23 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("num_labels, labels, told, kept", PROBLEMS)
-def test_the_problem_is_the_one_that_gpt2_of_transformers_solves(num_labels, labels, told, kept, training):
+@pytest.mark.parametrize("num_labels, labels, given, expected_type", PROBLEMS)
+def test_the_problem_type_is_inferred_as_in_transformers_gpt2(num_labels, labels, given, expected_type, training):
     dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    gpt2, model = gpt2_and_ours(num_labels=num_labels, problem_type=told, **dropout)
+    gpt2, model = gpt2_and_ours(num_labels=num_labels, problem_type=given, **dropout)
     ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
     expected = gpt2.train(training)(ids, attention_mask=mask, labels=labels)
     loss = model.train(training)(ids, attention_mask=mask, labels=labels).loss
     assert_close(loss, expected.loss.float())
-    assert model.config.problem_type == gpt2.config.problem_type == kept
+    assert model.config.problem_type == gpt2.config.problem_type == expected_type
     loss.backward()
     assert model.score.weight.grad.any()
 
 
 @pytest.mark.parametrize(
-    "num_labels, labels, told, kept",
+    "num_labels, labels, given, expected_type",
     [
-        # what PyTorch's losses do not take, and one may mean nothing else by
+        # PyTorch's losses refuse these dtypes, but their meaning is clear.
         (2, torch.tensor(NUMBERS, dtype=torch.int32), None, "single_label_classification"),
         (2, torch.tensor(NUMBERS).bool(), "single_label_classification", "single_label_classification"),
         (3, torch.eye(4, 3).bool(), None, "multi_label_classification"),
@@ -332,20 +333,20 @@ def test_the_problem_is_the_one_that_gpt2_of_transformers_solves(num_labels, lab
         (1, torch.tensor(NUMBERS).float(), "multi_label_classification", "multi_label_classification"),
     ],
 )
-def test_labels_that_are_converted(num_labels, labels, told, kept):
-    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=told)
+def test_labels_of_other_dtypes_are_converted(num_labels, labels, given, expected_type):
+    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=given)
     ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
     output = model(ids, attention_mask=mask, labels=labels)
-    if kept == "single_label_classification":
+    if expected_type == "single_label_classification":
         expected = F.cross_entropy(output.logits, labels.long())
     else:
         expected = F.binary_cross_entropy_with_logits(output.logits, labels.float().view(4, -1))
     assert_close(output.loss, expected)
-    assert model.config.problem_type == kept
+    assert model.config.problem_type == expected_type
 
 
 @pytest.mark.parametrize(
-    "num_labels, labels, told, remedy",
+    "num_labels, labels, given, remedy",
     [
         (3, torch.eye(4, 3, dtype=torch.long), None, "'multi_label_classification'"),
         (3, torch.tensor([2.0, 0, 1, 1]), None, "'single_label_classification'"),
@@ -356,13 +357,13 @@ def test_labels_that_are_converted(num_labels, labels, told, kept):
         (2, torch.tensor(NUMBERS, dtype=torch.uint8), None, "int64"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(num_labels, labels, told, remedy):
-    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=told)
+def test_labels_that_do_not_fit_are_refused(num_labels, labels, given, remedy):
+    _, model = gpt2_and_ours(num_labels=num_labels, problem_type=given)
     ids, mask = random_ids(4, 6, vocab_size=28), torch.ones(4, 6, dtype=torch.long)
     with pytest.raises(ValueError, match=rf"labels of shape .*num_labels.*{remedy}"):
         model(ids, attention_mask=mask, labels=labels)
-    # and the next ones are not taken for the same kind
-    assert model.config.problem_type == told
+    # The refused labels did not set the problem type.
+    assert model.config.problem_type == given
 
 
 @pytest.mark.parametrize(
@@ -376,8 +377,8 @@ def test_labels_that_do_not_fit_are_refused(num_labels, labels, told, remedy):
         (3, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])),
     ],
 )
-def test_a_pipeline_on_the_saved_model_says_what_was_trained(num_labels, labels, tmp_path):
-    """Plain numbers after a regression, a softmax over classes, a sigmoid for each of several labels; as of GPT-2."""
+def test_a_pipeline_on_the_saved_model_scores_by_problem_type(num_labels, labels, tmp_path):
+    """Plain numbers for regression, a softmax over classes, a sigmoid for each of several labels, as with GPT-2."""
     texts, tokenizer = ["good film", "bad"], tiny_tokenizer()
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -386,9 +387,9 @@ def test_a_pipeline_on_the_saved_model_says_what_was_trained(num_labels, labels,
         model.train()(**batch, labels=labels)
         model.eval().save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        judge = pipeline("text-classification", model=str(tmp_path / name), top_k=None)
-        said = [sorted(row, key=lambda score: score["label"]) for row in judge(texts)]
-        scores.append(torch.tensor([[score["score"] for score in row] for row in said]))
+        classify = pipeline("text-classification", model=str(tmp_path / name), top_k=None)
+        sorted_scores = [sorted(row, key=lambda score: score["label"]) for row in classify(texts)]
+        scores.append(torch.tensor([[score["score"] for score in row] for row in sorted_scores]))
     with torch.no_grad():
         logits = model(**batch).logits
     expected = logits
@@ -410,7 +411,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("kind", ["many", "regression", "multi_label", "auxiliary"])
-def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(kind, tmp_path):
+def test_the_trainer_accumulates_the_gradient_of_the_whole_batch(kind, tmp_path):
     options, labels, _ = LOSSES["many" if kind == "auxiliary" else kind]
     options = {**options, "auxiliary_lm_weight": 0.5 if kind == "auxiliary" else 0.0}
     labels = torch.cat([labels, labels.flip(0)])
@@ -445,9 +446,9 @@ def test_pipeline_classifies(padding_side):
     model = classifier(vocab_size=28, pad_token_id=0)
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = padding_side
-    judge = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
     texts = ["good film", "no", "the end"]
-    together = judge(texts, batch_size=3)
+    together = classify(texts, batch_size=3)
     for text, scores in zip(texts, together, strict=True):
         ids = tokenizer(text, return_tensors="pt").input_ids
         expected = plain_logits(model, ids).softmax(-1)
@@ -456,7 +457,7 @@ def test_pipeline_classifies(padding_side):
         }
 
 
-def test_compiles_and_exports():
+def test_the_classifier_compiles_and_exports():
     model = classifier()
     ids, mask = padded(rows_of_text())
     expected = model(ids, attention_mask=mask).logits

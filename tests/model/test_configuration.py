@@ -1,3 +1,5 @@
+"""The configuration: JSON, aliases and defaults, and errors that name the field."""
+
 import json
 import re
 
@@ -10,7 +12,7 @@ from hf_minigpt.presets import PRESETS, preset
 from tests.tiny import SWITCHES, tiny_config
 
 
-# transformers' own fields that a saved file may spell differently from the instance
+# Fields of transformers that may differ between a saved file and the instance.
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures"}
 
 
@@ -19,7 +21,7 @@ def fields(config):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_json_round_trip(name, tmp_path):
+def test_a_saved_config_loads_unchanged(name, tmp_path):
     config = tiny_config(name, num_labels=3, pad_token_id=1, eos_token_id=[2, 3])
     config.save_pretrained(tmp_path)
     for loaded in (MiniGPTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
@@ -28,7 +30,7 @@ def test_json_round_trip(name, tmp_path):
     assert MiniGPTConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
-def test_derived_sizes():
+def test_missing_sizes_are_derived():
     config = MiniGPTConfig(hidden_size=24, num_attention_heads=3)
     assert (config.head_dim, config.intermediate_size) == (8, 96)
     assert MiniGPTConfig(hidden_size=24, num_attention_heads=5, head_dim=6).head_dim == 6
@@ -55,7 +57,7 @@ def test_gpt2_names_are_aliases():
     assert config.max_position_embeddings == 64
 
 
-def test_reads_a_gpt2_config_file(tmp_path):
+def test_a_gpt2_config_file_loads(tmp_path):
     gpt2 = GPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=32, vocab_size=67, resid_pdrop=0.3)
     gpt2.save_pretrained(tmp_path)
     config = MiniGPTConfig.from_pretrained(tmp_path)
@@ -76,7 +78,7 @@ def test_a_file_without_a_newer_field_loads_with_its_default(missing, tmp_path):
     assert getattr(MiniGPTConfig.from_pretrained(tmp_path), missing) == getattr(MiniGPTConfig(), missing)
 
 
-def test_file_names_the_code_of_all_four_classes(tmp_path):
+def test_a_saved_config_names_the_code_of_all_auto_classes(tmp_path):
     tiny_config("gpt2").save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
@@ -139,7 +141,7 @@ def test_presets_are_valid_and_take_overrides(name):
     assert isinstance(config, MiniGPTConfig)
     assert (config.num_hidden_layers, config.num_labels) == (3, 5)
     assert config.hidden_act in ACT2FN
-    # an override must not leak into the next call
+    # An override must not affect the next call.
     assert preset(name).num_labels == 2
 
 

@@ -1,4 +1,4 @@
-"""The step for one token is `forward`, taken faster; the cache that grows in place is a `DynamicCache`."""
+"""Single-token decoding computes what `forward` computes, and the growing cache works as a `DynamicCache`."""
 
 import copy
 import pickle
@@ -11,30 +11,32 @@ from transformers import DynamicCache
 
 import hf_minigpt.model.generation_minigpt as generation
 from hf_minigpt.deploy.quantization import Int8Linear, quantize_int8
-from hf_minigpt.model.generation_minigpt import Decoding, GrowingLayer, grow_in_place
-from hf_minigpt.model.products_minigpt import few_rows_linear
+from hf_minigpt.model.generation_minigpt import GrowingLayer, SingleTokenDecoder, use_growing_layers
+from hf_minigpt.model.products_minigpt import fast_paths_enabled, few_rows_linear
 from tests.model.test_generation import by_hand, greedy
-from tests.tiny import SWITCHES, random_ids, tiny_model
+from tests.tiny import SWITCHES, needs_fast_paths, random_ids, tiny_model
 
 
 @pytest.fixture
 def count_steps(monkeypatch):
-    """How often the fast step was taken."""
+    """Return a function that counts the single tokens decoded by the fast path."""
+    if not fast_paths_enabled():
+        pytest.skip("the fast paths are turned off")
     taken = []
-    step = Decoding.step
+    step = SingleTokenDecoder.step
 
     def counted(self, *args):
         logits = step(self, *args)
         taken.append(logits is not None)
         return logits
 
-    monkeypatch.setattr(Decoding, "step", counted)
+    monkeypatch.setattr(SingleTokenDecoder, "step", counted)
     return lambda: sum(taken)
 
 
 @torch.no_grad()
 def step_logits(model, ids, mask=None):
-    """The logits after each token but the first three, which are read together."""
+    """Return the logits after each token from the third on. The first three are read together."""
     cache, logits = DynamicCache(config=model.config), []
     for begin, end in [(0, 3), *((i, i + 1) for i in range(3, ids.shape[1]))]:
         part = None if mask is None else mask[:, :end]
@@ -45,8 +47,8 @@ def step_logits(model, ids, mask=None):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("small_matrix", [0, 2**16])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_gives_the_logits_of_forward(name, small_matrix, rows, count_steps, monkeypatch):
-    # at 0 all products take the way of large matrices
+def test_single_tokens_score_as_in_forward(name, small_matrix, rows, count_steps, monkeypatch):
+    # At 0 every product is computed as for a large matrix.
     monkeypatch.setattr(generation, "SMALL_MATRIX", small_matrix)
     model = tiny_model(name)
     ids = random_ids(rows, 9)
@@ -57,7 +59,7 @@ def test_every_switch_gives_the_logits_of_forward(name, small_matrix, rows, coun
 
 @pytest.mark.parametrize("shape", [(8, 5), (7, 5), (3, 5), (50257, 16)])
 @pytest.mark.parametrize("rows", [1, 2, 32])
-def test_few_rows_linear_is_linear(shape, rows):
+def test_few_rows_linear_equals_linear(shape, rows):
     inputs, weight, bias = torch.randn(rows, shape[1]), torch.randn(shape), torch.randn(shape[0])
     for some_bias in (None, bias):
         expected = torch.nn.functional.linear(
@@ -67,7 +69,7 @@ def test_few_rows_linear_is_linear(shape, rows):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "transformer", "modern", "no_positions"])
-def test_padding(name, count_steps):
+def test_padded_rows_score_as_in_forward(name, count_steps):
     model = tiny_model(name)
     ids, mask = random_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[0, :2], mask[1, :1] = 0, 0
@@ -76,14 +78,14 @@ def test_padding(name, count_steps):
     assert count_steps() == 6
 
 
-def test_generate_takes_the_step(count_steps):
+def test_generate_uses_the_fast_path(count_steps):
     model = tiny_model("gpt2")
     assert torch.equal(greedy(model, random_ids(2, 5), new_tokens=8), by_hand(model, random_ids(2, 5), 8))
-    # the first token comes from the prompt
+    # The prompt's forward pass gives the first token.
     assert count_steps() == 7
 
 
-def test_changed_weights_are_noticed_within_a_text():
+def test_changed_weights_are_used_with_the_same_cache():
     model = tiny_model("gpt2")
     ids = random_ids(1, 9)
     step_logits(model, ids)
@@ -97,17 +99,17 @@ def test_changed_weights_are_noticed_within_a_text():
         before = model(ids[:, 4:5], past_key_values=cache).logits
         cache.crop(-1)
         model.lm_head.weight.mul_(2.0)
-        # the embedding is tied to the head: the ordinary way says what is right
+        # The embedding is tied to the head, so the plain path gives the expected logits.
         fast = model(ids[:, 4:5], past_key_values=cache).logits
         cache.crop(-1)
-        # not the step's
+        # Recording hidden states excludes the fast path.
         slow = model(ids[:, 4:5], past_key_values=cache, output_hidden_states=True).logits
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(fast, before)
 
 
 @pytest.mark.parametrize("change", ["module", "parameter", "assigned", "norm", "lora", "hook"])
-def test_changed_modules_are_noticed(change, count_steps):
+def test_changed_modules_are_used(change, count_steps):
     model = tiny_model("gpt2")
     ids = random_ids(1, 9)
     step_logits(model, ids)
@@ -127,11 +129,11 @@ def test_changed_modules_are_noticed(change, count_steps):
     else:
         block.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
     torch.testing.assert_close(step_logits(model, ids), model(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
-    # modules that are more than matrices are called, and the step is still the short one
+    # The fast path still runs, and calls modules that are more than a matrix.
     assert count_steps() == 12
 
 
-def test_what_the_step_declines_goes_the_ordinary_way(count_steps):
+def test_unsupported_requests_use_the_plain_path(count_steps):
     ids = random_ids(1, 5)
     for attention, options, kwargs in (
         ("eager", {}, {}),
@@ -150,7 +152,7 @@ def test_what_the_step_declines_goes_the_ordinary_way(count_steps):
         assert (output.loss is not None) == ("labels" in kwargs)
 
 
-def test_hidden_states_attentions_and_scores_of_generate():
+def test_generate_returns_hidden_states_attentions_and_scores():
     model = tiny_model("gpt2", attn_implementation="eager")
     output = greedy(
         model,
@@ -166,23 +168,24 @@ def test_hidden_states_attentions_and_scores_of_generate():
     assert len(output.scores) == 3
 
 
-def test_a_copy_of_the_model_has_no_part_in_the_weights():
+def test_a_copied_model_shares_no_weights():
     model = tiny_model("gpt2")
     ids = random_ids(1, 9)
     step_logits(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.decoding.blocks
+        assert not twin.fast_decoder.blocks
         torch.nn.init.normal_(twin.lm_head.weight)
         torch.testing.assert_close(step_logits(twin, ids), twin(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
 
 
+@needs_fast_paths
 @torch.no_grad()
-def test_the_growing_cache_is_a_dynamic_cache():
-    """A random walk of everything that transformers does to a cache, beside its own class."""
+def test_the_growing_cache_works_as_a_dynamic_cache():
+    """Apply random operations of transformers to both, and compare."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         ours, theirs = DynamicCache(), DynamicCache()
-        grow_in_place(ours)
+        use_growing_layers(ours)
         rows = 2
         for _ in range(30):
             action = int(torch.randint(8, (), generator=generator))
@@ -211,7 +214,7 @@ def test_the_growing_cache_is_a_dynamic_cache():
         assert type(ours.layers[0]) is GrowingLayer
 
 
-def test_gradients_flow_through_a_cache_that_was_filled_without():
+def test_gradients_flow_through_a_cache_filled_without_gradients():
     model = tiny_model("gpt2")
     ids = random_ids(1, 6)
     cache = DynamicCache(config=model.config)
@@ -225,8 +228,7 @@ def test_gradients_flow_through_a_cache_that_was_filled_without():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "attention_only"])
-def test_int8_is_close_and_writes(name, count_steps):
-    # Weights as small as trained ones: the tiny models' make every rounding count.
+def test_int8_stays_close_and_generates(name, count_steps):
     model = tiny_model(name, hidden_size=48)
     ids = random_ids(4, 12)
     exact = model(ids, labels=ids, skip_logits=False)
@@ -239,7 +241,7 @@ def test_int8_is_close_and_writes(name, count_steps):
     assert count_steps() == 7
 
 
-def test_int8_refuses_what_it_cannot_do(tmp_path):
+def test_int8_refuses_unsupported_models(tmp_path):
     model = tiny_model("gpt2")
     with pytest.raises(ValueError, match=r"call \.eval"):
         quantize_int8(copy.deepcopy(model).train())
@@ -249,7 +251,7 @@ def test_int8_refuses_what_it_cannot_do(tmp_path):
     hooked.lm_head.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="lm_head is more than a linear layer"):
         quantize_int8(hooked)
-    # nothing was changed by the attempt
+    # The failed attempt changed nothing.
     assert not any(isinstance(module, Int8Linear) for module in hooked.modules())
     with pytest.raises(ValueError, match="cannot be saved"):
         quantize_int8(model).save_pretrained(tmp_path)

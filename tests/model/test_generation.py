@@ -1,3 +1,5 @@
+"""`generate`, with every cache and strategy, gives the argmax of full forward passes; wrong arguments are refused."""
+
 import copy
 
 import pytest
@@ -25,7 +27,7 @@ def greedy(model, ids, mask=None, new_tokens=8, **kwargs):
 
 
 def continuous(model, prompts, new_tokens, **kwargs):
-    # Small pages, few of them: left alone the paged cache takes most of the memory.
+    # A few small pages. By default the paged cache takes most of the memory.
     batching = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64)
     config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **kwargs)
     outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=batching)
@@ -34,7 +36,7 @@ def continuous(model, prompts, new_tokens, **kwargs):
 
 
 def by_hand(model, ids, new_tokens=8):
-    """Greedy decoding without a cache: the definition that every other way must agree with."""
+    """Decode greedily without a cache: the definition for every other way."""
     for _ in range(new_tokens):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
@@ -52,7 +54,7 @@ def test_greedy_is_the_argmax_of_each_step(name, attention):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_a_left_padded_batch_generates_what_each_row_does(name, attention):
+def test_left_padded_rows_generate_as_unpadded_ones(name, attention):
     model = tiny_model(name, attn_implementation=attention)
     rows = [random_ids(1, length, seed=length) for length in (9, 3, 1, 6)]
     ids = torch.zeros(4, 9, dtype=torch.long)
@@ -71,13 +73,13 @@ def test_every_cache_and_strategy_is_greedy(name):
     ids = random_ids(2, 5)
     expected = by_hand(model, ids)
     assert torch.equal(greedy(model, ids, cache_implementation="static"), expected)
-    # a prompt in pieces
+    # The prompt in chunks.
     assert torch.equal(greedy(model, ids, prefill_chunk_size=2), expected)
-    # speculation of the model by itself, and of the prompt
+    # Drafts by the model itself, and from the prompt.
     one, one_expected = ids[:1], expected[:1]
     assert torch.equal(greedy(model, one, assistant_model=copy.deepcopy(model)), one_expected)
     assert torch.equal(greedy(model, one, prompt_lookup_num_tokens=2), one_expected)
-    # a cache that already holds the prompt's beginning
+    # A cache that already holds the beginning of the prompt.
     cache = DynamicCache(config=model.config)
     model(ids[:, :3], past_key_values=cache)
     assert torch.equal(greedy(model, ids, past_key_values=cache), expected)
@@ -93,7 +95,7 @@ def test_generate_batch_equals_greedy(name, attention):
         assert generated[tuple(prompt)] == by_hand(model, torch.tensor([prompt]), 6)[0, len(prompt) :].tolist()
 
 
-def test_beams():
+def test_beam_search_is_at_least_as_likely_as_greedy():
     model = tiny_model("modern")
     ids = random_ids(2, 5)
     beams = greedy(model, ids, num_beams=3, num_return_sequences=3)
@@ -103,7 +105,6 @@ def test_beams():
         log_probabilities = model(rows).logits.log_softmax(-1)[:, 4:-1]
         return log_probabilities.gather(-1, rows[:, 5:, None]).sum((1, 2))
 
-    # a beam of three finds nothing worse than greedy's
     scores = log_likelihood(beams).view(2, 3)
     assert (scores[:, 0] >= log_likelihood(by_hand(model, ids)) - 1e-3).all()
     assert (scores.diff(dim=1) <= 1e-3).all()
@@ -116,7 +117,7 @@ def test_a_small_model_drafts_for_a_large_one(name):
     assert torch.equal(greedy(model, ids, assistant_model=draft, new_tokens=16), by_hand(model, ids, 16))
 
 
-def test_logits_processors_constrain():
+def test_logits_processors_are_applied():
     class EvenIds(LogitsProcessor):
         def __call__(self, input_ids, scores):
             scores[:, 1::2] = -torch.inf
@@ -132,7 +133,7 @@ def test_logits_processors_constrain():
     assert torch.equal(written, expected)
 
 
-def test_stop_strings():
+def test_stop_strings_end_the_generation():
     model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
     ids = tokenizer("the cat", return_tensors="pt").input_ids
     free = greedy(model, ids)
@@ -167,22 +168,22 @@ def test_generation_stops_at_eos_and_pads():
         assert not row[end:].any()
 
 
-def test_generating_past_a_learned_table_says_so():
+def test_generating_beyond_learned_positions_is_refused():
     model = tiny_model("gpt2", max_position_embeddings=12)
     assert greedy(model, random_ids(1, 6), new_tokens=6).shape == (1, 12)
     with pytest.raises(ValueError, match="max_position_embeddings=12"):
         greedy(model, random_ids(1, 6), new_tokens=8)
 
 
-def test_generation_beyond_the_context_of_other_positions():
+def test_other_positions_generate_beyond_the_context():
     for name in ("transformer", "modern", "no_positions"):
         model = tiny_model(name, max_position_embeddings=12)
         ids = random_ids(1, 6)
         assert torch.equal(greedy(model, ids, new_tokens=12), by_hand(model, ids, 12)), name
 
 
-def test_same_text_as_gpt2_of_transformers():
-    """An implementation that shares no code with ours, by copying its random weights matrix for matrix."""
+def test_generated_ids_equal_those_of_transformers_gpt2():
+    """An independent implementation, with the same random weights."""
     gpt2 = GPT2LMHeadModel(
         GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=64, initializer_range=0.3)
     ).eval()
@@ -217,7 +218,7 @@ def tiny_tokenizer():
     return GPT2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", padding_side="left")
 
 
-def test_pipeline_writes_text():
+def test_the_pipeline_generates_text():
     model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     prompts = ["the cat", "a"]
@@ -229,7 +230,7 @@ def test_pipeline_writes_text():
         assert text == tokenizer.decode(by_hand(model, ids, 5)[0])
 
 
-def test_streaming(capsys):
+def test_text_is_streamed(capsys):
     model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
     inputs = tokenizer("the cat", return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=5, streamer=TextStreamer(tokenizer))
@@ -248,39 +249,39 @@ def test_a_cache_is_found_under_any_name(cache_name):
 
 
 @pytest.mark.parametrize(
-    ("attention", "given", "error", "told"),
+    ("attention", "given", "error", "words"),
     [
         ("sdpa", {"atention_mask": torch.ones(1, 3)}, TypeError, "atention_mask=Tensor"),
         ("eager", {"memory": [1, 2]}, TypeError, "memory=list"),
-        # what only other attention functions read
+        # Arguments that only other attention functions read.
         ("sdpa", {"sliding_window": 2}, TypeError, "sliding_window=int"),
         ("eager", {"softcap": 30.0}, TypeError, "softcap=float"),
         ("eager", {"s_aux": torch.zeros(3)}, TypeError, "s_aux=Tensor"),
         ("sdpa", {"cu_seq_lens_q": torch.tensor([0, 2, 3])}, ValueError, "cu_seq_lens_q .* position_ids"),
         ("eager", {"seq_idx": torch.tensor([[0, 0, 1]])}, ValueError, "seq_idx .* position_ids"),
         ("sdpa", {"is_causal": False}, ValueError, "is_causal"),
-        # no caches, under the names of caches
+        # Values that are not caches, under names of caches.
         ("sdpa", {"cache": "static"}, TypeError, "cache=str"),
         ("sdpa", {"block_table": torch.zeros(1)}, TypeError, "block_table=Tensor"),
         ("sdpa", {"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, TypeError, "past_key_values=tuple"),
         ("sdpa", {"memory": DynamicCache(), "past_key_values": DynamicCache()}, TypeError, "memory is a second cache"),
     ],
 )
-def test_an_argument_that_nobody_reads_is_refused(attention, given, error, told):
+def test_an_argument_that_nothing_reads_is_refused(attention, given, error, words):
     model = tiny_model(attn_implementation=attention)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=words):
         model(random_ids(1, 3), **given)
 
 
-def test_borders_of_documents_beside_positions():
-    """What `DataCollatorWithFlattening` hands to any attention."""
+def test_document_boundaries_are_accepted_with_positions():
+    """As `DataCollatorWithFlattening` returns them, for any attention."""
     model, ids = tiny_model("modern"), random_ids(1, 7)
-    borders = {
+    boundaries = {
         "cu_seq_lens_q": torch.tensor([0, 3, 7]),
         "max_length_q": 4,
         "seq_idx": torch.tensor([[0] * 3 + [1] * 4]),
     }
-    logits = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **borders).logits
+    logits = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **boundaries).logits
     apart = torch.cat([model(ids[:, :3]).logits, model(ids[:, 3:]).logits], 1)
     torch.testing.assert_close(logits, apart, rtol=0, atol=1e-5)
 

@@ -1,3 +1,5 @@
+"""The loss, with and without logits, equals its definition in value and gradient, also in a Trainer."""
+
 import math
 
 import pytest
@@ -6,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from hf_minigpt import MiniGPTForCausalLM
-from hf_minigpt.model import functional_minigpt
+from hf_minigpt.model import loss_minigpt
 from tests.tiny import SWITCHES, gradients, random_ids, tiny_model
 
 
@@ -15,12 +17,12 @@ LOSS_SWITCHES = ["gpt2", "transformer", "modern", "rope"]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """The fewest rows a chunk may have: the tiny batches of these tests would fit into one otherwise."""
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
+    """Use the smallest chunks. By default the small batches of these tests fit into one chunk."""
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", 1)
 
 
 def batch(rows=14, length=11):
-    """Ids, and labels of which some are ignored: each row has another number of them."""
+    """Return ids, and labels of which each row ignores a different number."""
     ids = random_ids(rows, length)
     labels = ids.clone()
     for row in range(rows):
@@ -29,7 +31,7 @@ def batch(rows=14, length=11):
 
 
 def plain_losses(model, ids, labels):
-    """The definition: minus the log-probability, among the real ids, of each next token that counts."""
+    """The definition: minus the log-probability, among the unpadded ids, of each label that is not ignored."""
     logits = model(ids).logits[..., : model.config.unpadded_vocab_size].double()
     log_probabilities = logits.log_softmax(-1)
     return torch.stack(
@@ -67,7 +69,7 @@ def test_loss_and_gradients_equal_the_definition(name, skip_logits):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("elements", [1, 2**23])
 def test_linear_cross_entropy_equals_autograd(elements, with_bias, softcap, monkeypatch):
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", elements)
     hidden = torch.randn(150, 24, requires_grad=True)
     weight = torch.randn(72, 24, requires_grad=True)
     bias = torch.randn(72, requires_grad=True) if with_bias else None
@@ -83,19 +85,19 @@ def test_linear_cross_entropy_equals_autograd(elements, with_bias, softcap, monk
     expected = (losses * row_weights).sum()
     expected_correct = (logits[:, :67].argmax(1) == targets).sum()
 
-    total, correct = functional_minigpt.linear_cross_entropy(
+    total, correct = loss_minigpt.linear_cross_entropy(
         hidden, weight, bias, targets, row_weights=row_weights, softcap=softcap, num_ids=67, count_correct=True
     )
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-3)
     assert correct.dtype == torch.int64 and correct == expected_correct
-    # the factor: an upstream gradient other than 1
+    # The factor gives an upstream gradient other than 1.
     actual_gradients = torch.autograd.grad(total * 0.3, inputs)
     for actual, gradient in zip(actual_gradients, torch.autograd.grad(expected * 0.3, inputs), strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LOSS_SWITCHES)
-def test_under_bfloat16_autocast(name):
+def test_bfloat16_autocast_stays_close(name):
     ids, labels = batch()
     exact = tiny_model(name)
     exact_loss = exact(ids, labels=labels).loss
@@ -114,11 +116,11 @@ def test_under_bfloat16_autocast(name):
     for key, gradient in gradients(exact).items():
         scale = gradient.norm()
         errors = [(other[key] - gradient).norm() / scale for other in all_gradients]
-        # The chunked way may not lose more of the gradient than the plain one.
+        # The loss without logits must not lose more precision than the plain loss.
         assert errors[1] < max(1.5 * errors[0], 0.02), (key, errors)
 
 
-def test_in_bfloat16_weights():
+def test_bfloat16_weights_stay_close():
     ids, labels = batch()
     exact = tiny_model("modern")(ids, labels=labels).loss
     model = tiny_model("modern").bfloat16()
@@ -140,20 +142,20 @@ def test_num_items_in_batch_divides_the_sum(name, num_items, skip_logits):
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_shifted_labels_are_taken_as_they_are(skip_logits):
+def test_shifted_labels_are_used_unchanged(skip_logits):
     ids, labels = batch()
     model = tiny_model("modern")
     shifted = torch.cat([labels[:, 1:], torch.full((len(ids), 1), -100)], 1)
     expected = plain_losses(model, ids, labels).mean()
     loss = model(ids, shift_labels=shifted, skip_logits=skip_logits).loss
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    # and they win over labels
+    # They take precedence over labels.
     both = model(ids, labels=random_ids(*ids.shape, seed=9), shift_labels=shifted, skip_logits=skip_logits).loss
     assert torch.equal(both, loss)
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_another_ignore_index(skip_logits):
+def test_ignore_index_can_be_changed(skip_logits):
     ids, labels = batch()
     model = tiny_model("modern")
     expected = plain_losses(model, ids, labels).mean()
@@ -165,7 +167,7 @@ def test_another_ignore_index(skip_logits):
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
 @pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", LOSS_SWITCHES)
-def test_nothing_to_learn_teaches_nothing(name, skip_logits, num_items):
+def test_a_batch_without_labels_has_zero_loss_and_gradients(name, skip_logits, num_items):
     model = tiny_model(name).train()
     ids = random_ids(3, 8)
     loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items, skip_logits=skip_logits).loss
@@ -185,7 +187,7 @@ def test_one_token_rows_have_no_loss(skip_logits):
     assert loss.item() == 0
 
 
-def test_logits_are_built_where_somebody_wants_them():
+def test_logits_are_returned_unless_skipped():
     model = tiny_model("gpt2")
     ids, labels = batch()
     expected = model(ids, labels=labels)
@@ -197,7 +199,7 @@ def test_logits_are_built_where_somebody_wants_them():
         assert model(ids, labels=labels, skip_logits=True).logits is None
         pair = model(ids, labels=labels, use_cache=False, return_dict=False)
         assert len(pair) == 2 and torch.equal(pair[1], expected.logits)
-        # nothing else is asked for
+        # Without labels there is no loss, so the logits are returned.
         assert model(ids, skip_logits=True).logits is not None
 
 
@@ -214,8 +216,8 @@ def test_the_configuration_can_skip_the_logits_in_training(tmp_path):
     assert model.eval()(ids, labels=labels).logits is not None
 
 
-def own_losses(logits, labels, teacher):
-    """Losses that users write, on logits (B, T, V) of a model and of its teacher."""
+def custom_losses(logits, labels, teacher):
+    """Compute losses as users write them, on logits (B, T, V) of a model and its teacher."""
     logits, targets, teacher = logits[..., :-1, :], labels[..., 1:], teacher[..., :-1, :]
     log_probabilities, is_target = logits.log_softmax(-1), (targets != -100)
     chosen = log_probabilities.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1) * is_target
@@ -236,8 +238,8 @@ def own_losses(logits, labels, teacher):
 
 
 @pytest.mark.parametrize("name", LOSS_SWITCHES)
-def test_losses_on_the_logits_of_a_training_pass(name):
-    """They have the values and gradients of the real ids' logits, whether the table is padded or not."""
+def test_custom_losses_on_logits_ignore_padded_ids(name):
+    """Their values and gradients equal those on the logits of the unpadded ids."""
     ids, labels = batch(rows=4)
     model, teacher = tiny_model(name).train(), tiny_model(name)
     with torch.no_grad():
@@ -245,8 +247,8 @@ def test_losses_on_the_logits_of_a_training_pass(name):
             parameter.mul_(1.1)
         taught = teacher(ids, labels=labels).logits
     num_ids = model.config.unpadded_vocab_size
-    plain = own_losses(model(ids).logits[..., :num_ids], labels, taught[..., :num_ids])
-    for kind, loss in own_losses(model(ids, labels=labels).logits, labels, taught).items():
+    plain = custom_losses(model(ids).logits[..., :num_ids], labels, taught[..., :num_ids])
+    for kind, loss in custom_losses(model(ids, labels=labels).logits, labels, taught).items():
         expected = plain[kind]
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
         parameters = list(model.parameters())
@@ -269,13 +271,13 @@ def test_logits_to_keep_does_not_change_the_loss(keep, skip_logits):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "rope"])
-def test_counting_hits(name):
+def test_correct_labels_are_counted(name):
     model = tiny_model(name)
     ids, labels = batch(rows=30)
-    # make some of them hits: the labels of every other position are what the model would say
-    said = model(ids).logits.argmax(-1)
-    labels[:, 1::2] = torch.where(labels[:, 1::2] == -100, -100, said[:, 0:-1:2])
-    expected = ((said[:, :-1] == labels[:, 1:]) & (labels[:, 1:] != -100)).sum()
+    # Make every other label correct.
+    predicted = model(ids).logits.argmax(-1)
+    labels[:, 1::2] = torch.where(labels[:, 1::2] == -100, -100, predicted[:, 0:-1:2])
+    expected = ((predicted[:, :-1] == labels[:, 1:]) & (labels[:, 1:] != -100)).sum()
     assert expected > 10
     for skip_logits in (False, True):
         output = model(ids, labels=labels, skip_logits=skip_logits, count_correct=True)
@@ -285,7 +287,7 @@ def test_counting_hits(name):
 
 
 @pytest.mark.parametrize("name", ["modern", "transformer"])
-def test_a_frozen_head(name):
+def test_a_frozen_head_gets_no_gradient(name):
     ids, labels = batch()
     results = []
     for skip_logits in (False, True):
@@ -297,7 +299,7 @@ def test_a_frozen_head(name):
     assert_same_gradients(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_head_is_trained():
+def test_a_frozen_body_gets_no_gradient():
     ids, labels = batch()
     results = []
     for skip_logits in (False, True):
@@ -309,7 +311,7 @@ def test_only_the_head_is_trained():
     assert_same_gradients(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_hook_on_the_head_is_not_passed_over():
+def test_a_hook_on_the_head_runs():
     ids, labels = batch()
     model = tiny_model("gpt2").train()
     handle = model.lm_head.register_forward_hook(lambda module, args, output: output * 0)
@@ -318,7 +320,7 @@ def test_a_hook_on_the_head_is_not_passed_over():
     assert model(ids, labels=labels, skip_logits=True).loss.item() > 1.05 * math.log(67)
 
 
-def test_a_parametrised_head_is_not_passed_over():
+def test_a_parametrized_head_is_called():
     ids, labels = batch()
     model = tiny_model("modern").train()
     expected = model.eval()(ids, labels=labels).loss
@@ -330,7 +332,7 @@ def test_a_parametrised_head_is_not_passed_over():
     assert all(p.grad is not None and p.grad.any() for p in model.lm_head.parameters())
 
 
-def test_a_loss_function_of_ones_own():
+def test_a_custom_loss_function_is_used():
     model = tiny_model("gpt2").train()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + 5
     ids, labels = batch()
@@ -339,7 +341,7 @@ def test_a_loss_function_of_ones_own():
 
 
 def second_order(model, loss):
-    """Gradients, and a Hessian-vector product."""
+    """Return gradients, and a Hessian-vector product."""
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(3)
     vector = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
@@ -361,7 +363,7 @@ def test_the_loss_without_logits_differentiates_twice(name):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_a_penalty_on_the_gradient_of_the_embeddings(dtype, tolerance, checkpointing):
+def test_a_gradient_penalty_on_the_embeddings_works(dtype, tolerance, checkpointing):
     ids = random_ids(14, 11)
     results = []
     for model_dtype, skip_logits in ((torch.float64, False), (dtype, True)):
@@ -377,14 +379,13 @@ def test_a_penalty_on_the_gradient_of_the_embeddings(dtype, tolerance, checkpoin
     assert (actual - exact).norm() < tolerance * exact.norm()
 
 
-def test_a_scaled_loss_differentiates_by_its_scale():
-    """The gradient's own gradient also goes to what the loss was multiplied by."""
+def test_second_derivatives_include_the_scale_of_the_loss():
     hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(9, 8)
     scale = torch.tensor(0.7, requires_grad=True)
     targets = torch.randint(9, (40,))
     results = []
     for loss in (
-        functional_minigpt.linear_cross_entropy(hidden, weight, None, targets)[0],
+        loss_minigpt.linear_cross_entropy(hidden, weight, None, targets)[0],
         F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"),
     ):
         (grad,) = torch.autograd.grad(loss * scale, hidden, create_graph=True)
@@ -395,8 +396,8 @@ def test_a_scaled_loss_differentiates_by_its_scale():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", LOSS_SWITCHES)
-def test_torch_func(name, training):
-    """Gradients of the whole, of each row (with its mask and positions), and along a direction."""
+def test_torch_func_transforms_work(name, training):
+    """Gradients of the batch, of each row (with its mask and positions), and along a direction."""
     model = tiny_model(name, attn_implementation="eager").double().train(training)
     ids, labels = batch(rows=3)
     parameters = {key: p.detach() for key, p in model.named_parameters()}
@@ -432,7 +433,7 @@ def test_torch_func(name, training):
             assert_same_gradients({key: g[row] for key, g in found.items()}, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_backward_hook_on_the_head_is_not_passed_over():
+def test_a_backward_hook_on_the_head_runs():
     ids, labels = batch()
     model = tiny_model("gpt2").train()
     seen = []
@@ -471,8 +472,8 @@ def trainer_for(model, folder, examples, trainer_class=Trainer, compute_metrics=
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(name, tmp_path):
-    """One step of plain gradient descent, so that the change of the weights is the gradient."""
+def test_the_trainer_accumulates_the_gradient_of_the_whole_batch(name, tmp_path):
+    """After one step of SGD with learning rate 1, the change of the weights is the gradient."""
     ids, labels = batch(rows=8)
     reference = tiny_model(name)
     reference(ids, labels=labels).loss.backward()
@@ -496,15 +497,15 @@ def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "transformer"])
-def test_label_smoothing_of_the_trainer(name, tmp_path):
-    """Smoothed over the real ids, in training and in evaluation; a padded table must not make it infinite."""
+def test_the_trainers_label_smoothing_ignores_padded_ids(name, tmp_path):
+    """In training and in evaluation. Otherwise a padded embedding makes the loss infinite."""
     ids, labels = batch(rows=8)
     model = tiny_model(name)
     logits = model(ids).logits[..., : model.config.unpadded_vocab_size].double()
     losses = -logits.log_softmax(-1)[:, :-1]
     counts = labels[:, 1:] != -100
-    hit = losses.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
-    expected = (0.8 * hit + 0.2 * losses.mean(-1))[counts].mean()
+    label_losses = losses.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+    expected = (0.8 * label_losses + 0.2 * losses.mean(-1))[counts].mean()
     expected.backward()
     expected_gradients = gradients(model)
     model = tiny_model(name)
@@ -526,7 +527,7 @@ def test_label_smoothing_of_the_trainer(name, tmp_path):
     assert evaluated == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_trainer_evaluates_to_the_mean_loss(tmp_path):
+def test_the_trainer_evaluates_to_the_mean_loss(tmp_path):
     ids, labels = batch(rows=8)
     model = tiny_model("modern")
     trainer = trainer_for(model, tmp_path, Examples(input_ids=ids, labels=labels), per_device_eval_batch_size=8)
@@ -537,7 +538,7 @@ def test_trainer_evaluates_to_the_mean_loss(tmp_path):
 
 
 class WeightedTrainer(Trainer):
-    """A loss of one's own, as transformers' documentation writes it."""
+    """A custom loss, as in transformers' documentation."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -547,7 +548,7 @@ class WeightedTrainer(Trainer):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_trainer_with_a_loss_of_ones_own(name, tmp_path):
+def test_the_trainer_can_compute_a_custom_loss(name, tmp_path):
     ids, labels = batch(rows=8)
     model = tiny_model(name)
     expected = 3 * plain_losses(model, ids, labels).mean()

@@ -1,3 +1,5 @@
+"""The model equals an independent float64 computation, in every mode of attention, caching, packing and saving."""
+
 import copy
 import json
 import math
@@ -13,7 +15,7 @@ from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTForSequenceClas
 from tests.tiny import POSITIONS, SWITCHES, gradients, random_ids, tiny_config, tiny_model
 
 
-# What float32 leaves of the agreement of two orders of summation, at logits of about 10
+# Two orders of summation in float32 differ by this much at logits of about 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 
 
@@ -50,7 +52,7 @@ def plain_activation(name, x):
 
 
 def plain_rotate(x, positions, theta):
-    """x (T, D): as complex numbers x[d] + i x[d + D/2], turned by position * theta^(-2d/D)."""
+    """Rotate x (T, D), read as complex numbers x[d] + i x[d + D/2], by position * theta^(-2d/D)."""
     half = x.shape[-1] // 2
     angle = positions[:, None] * theta ** (-2.0 * np.arange(half) / x.shape[-1])
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
@@ -87,7 +89,7 @@ def plain_mlp(config, x, weights, layer):
 
 
 def plain_logits(model, ids, positions=None):
-    """The logits (T, real vocabulary) of one row of token ids."""
+    """Compute the logits (T, unpadded vocabulary) of one row of token ids."""
     config = model.config
     weights = {name: w.detach().double().numpy() for name, w in model.state_dict().items()}
     positions = np.arange(len(ids)) if positions is None else np.asarray(positions)
@@ -146,13 +148,13 @@ def test_logits_at_given_positions(name):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_padded_ids_never_win(name):
+def test_padded_ids_have_probability_zero(name):
     model = tiny_model(name)
     real = model.config.unpadded_vocab_size
     if real is None:
         return
     with torch.no_grad():
-        # a head that would prefer them
+        # A head that prefers them.
         model.lm_head.weight[real:] = 50.0
     logits = model(random_ids(2, 13)).logits
     assert logits[..., real:].max() < logits[..., :real].min() - 1e4
@@ -163,7 +165,7 @@ def test_padded_ids_never_win(name):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_padded_rows_give_the_logits_they_give_alone(name, side, attention):
+def test_padded_rows_score_as_unpadded_ones(name, side, attention):
     model = tiny_model(name, attn_implementation=attention)
     lengths = [11, 4, 1, 7]
     rows = [random_ids(1, length, seed=length) for length in lengths]
@@ -184,7 +186,7 @@ def test_padded_rows_give_the_logits_they_give_alone(name, side, attention):
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [1, 8, 3]])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_cached_equals_uncached(name, attention, pieces):
+def test_cached_tokens_score_as_uncached_ones(name, attention, pieces):
     model = tiny_model(name, attn_implementation=attention)
     ids = random_ids(2, 12)
     expected = model(ids, use_cache=False)
@@ -200,8 +202,8 @@ def test_cached_equals_uncached(name, attention, pieces):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_cached_with_left_padding_equals_alone(name, attention):
-    """A chunked prefill whose first chunk is padded: later positions follow from the mask, not from the cache."""
+def test_cached_rows_with_left_padding_score_as_unpadded_ones(name, attention):
+    """In a chunked prefill whose first chunk is padded, later positions follow from the mask, not from the cache."""
     model = tiny_model(name, attn_implementation=attention)
     alone, other = random_ids(1, 9), random_ids(1, 12, seed=2)
     ids = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), alone], 1), other])
@@ -217,7 +219,7 @@ def test_cached_with_left_padding_equals_alone(name, attention):
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_static_cache_equals_uncached(name):
+def test_a_static_cache_scores_as_no_cache(name):
     model = tiny_model(name)
     ids = random_ids(2, 12)
     cache = StaticCache(config=model.config, max_cache_len=20)
@@ -227,7 +229,7 @@ def test_static_cache_equals_uncached(name):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_given_positions_with_a_static_cache(name, attention):
+def test_given_positions_work_with_a_static_cache(name, attention):
     model = tiny_model(name, attn_implementation=attention)
     ids = random_ids(2, 9)
     for positions in (torch.arange(9)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])):
@@ -241,7 +243,7 @@ def test_given_positions_with_a_static_cache(name, attention):
 @pytest.mark.parametrize("mask", ["no_mask", "ones"])
 @pytest.mark.parametrize("use_cache", [None, False, True])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_packed_documents_do_not_see_each_other(name, use_cache, mask, attention):
+def test_packed_documents_score_as_separate_ones(name, use_cache, mask, attention):
     model = tiny_model(name, attn_implementation=attention)
     documents = [random_ids(1, length, seed=length) for length in (5, 1, 8, 3)]
     ids = torch.cat(documents, 1)
@@ -255,7 +257,7 @@ def test_packed_documents_do_not_see_each_other(name, use_cache, mask, attention
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("pad_positions", ["zero", "count_on"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_packed_rows_with_right_padding(name, pad_positions, attention):
+def test_packed_documents_with_right_padding_score_as_separate_ones(name, pad_positions, attention):
     model = tiny_model(name, attn_implementation=attention)
     rows = [[random_ids(1, 5, seed=3), random_ids(1, 4, seed=4)], [random_ids(1, 6, seed=5)]]
     ids = torch.zeros(2, 9, dtype=torch.long)
@@ -284,7 +286,7 @@ def test_sdpa_equals_eager_in_value_and_gradient(name):
     mask[1, 8:] = 0
     ids = random_ids(3, 10)
     labels = ids.masked_fill(mask == 0, -100)
-    # Nothing is promised of what a pad position predicts, such as the first token after padding on the left.
+    # The prediction at a padding position is undefined: here that of the first token after left padding.
     labels[0, 4] = -100
     results = []
     for attention in ("sdpa", "eager"):
@@ -303,8 +305,8 @@ def test_sdpa_equals_eager_in_value_and_gradient(name):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
-def test_four_dimensional_masks_are_taken_as_they_are(name, attention):
-    """Two continuations of one prompt side by side, as in speculative decoding of a tree."""
+def test_four_dimensional_masks_are_used_unchanged(name, attention):
+    """Score two continuations of one prompt in one row, as in tree-based speculative decoding."""
     model = tiny_model(name, attn_implementation=attention)
     prompt, one, two = random_ids(1, 4), random_ids(1, 3, seed=5), random_ids(1, 3, seed=6)
     allowed = torch.ones(10, 10).tril().bool()
@@ -345,7 +347,7 @@ def test_left_padding_does_not_count_against_a_learned_table():
 
 
 @pytest.mark.parametrize("name", ["transformer", "modern", "no_positions"])
-def test_other_positions_extend(name):
+def test_other_positions_extend_beyond_the_context(name):
     model = tiny_model(name, max_position_embeddings=8)
     ids = random_ids(1, 24)
     expected = plain_logits(model, ids[0])
@@ -353,7 +355,7 @@ def test_other_positions_extend(name):
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_inputs_embeds(name):
+def test_embeddings_may_replace_ids(name):
     model = tiny_model(name)
     ids = random_ids(2, 7)
     embeds = model.get_input_embeddings()(ids)
@@ -372,7 +374,7 @@ def test_token_type_ids_add_their_embedding_as_in_gpt2():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "bigram"])
-def test_logits_to_keep(name):
+def test_logits_to_keep_selects_positions(name):
     model = tiny_model(name)
     ids = random_ids(2, 7)
     logits = model(ids).logits
@@ -404,7 +406,7 @@ def test_hidden_states_and_attentions_are_recorded():
     assert model(ids).hidden_states is None and model(ids).attentions is None
 
 
-def test_tuples_instead_of_outputs():
+def test_return_dict_false_returns_tuples():
     model = tiny_model("gpt2")
     ids = random_ids(2, 7)
     loss, logits = model(ids, labels=ids, return_dict=False)[:2]
@@ -413,8 +415,8 @@ def test_tuples_instead_of_outputs():
     assert_close(model.model(ids, return_dict=False)[0], model.model(ids).last_hidden_state)
 
 
-def test_an_attention_of_ones_own_gets_what_the_caller_passes():
-    """What flash attention's document borders, the paged cache and vLLM go through."""
+def test_a_custom_attention_function_gets_the_callers_arguments():
+    """Flash attention's document boundaries, the paged cache and vLLM rely on it."""
     seen = []
 
     def attention(module, query, key, value, attention_mask, **kwargs):
@@ -555,14 +557,14 @@ def test_residual_init(residual_init):
     assert tied.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_fresh_model_predicts_nothing_in_particular():
+def test_a_new_model_has_the_loss_of_a_uniform_guess():
     for name in SWITCHES:
         model = MiniGPTForCausalLM(tiny_config(name)).eval()
         loss = model(random_ids(8, 32), labels=random_ids(8, 32)).loss
         assert abs(loss.item() - math.log(67)) < 0.25, name
 
 
-def test_from_config_in_bfloat16():
+def test_from_config_supports_bfloat16():
     model = MiniGPTForCausalLM._from_config(tiny_config("modern"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(model(random_ids(1, 9)).logits).all()
@@ -570,7 +572,7 @@ def test_from_config_in_bfloat16():
 
 @pytest.mark.parametrize("way", ["plain", "meta", "auto"])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_saved_and_loaded_is_the_same_model(name, way, tmp_path):
+def test_a_loaded_model_equals_the_saved_one(name, way, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
     arguments = {"plain": {}, "meta": {"low_cpu_mem_usage": True, "device_map": "cpu"}, "auto": {}}[way]
@@ -604,7 +606,7 @@ def test_loaded_in_bfloat16_keeps_exact_positions(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rotary_angles_do_not_suffer_from_half_precision(dtype):
+def test_rotary_angles_are_exact_in_half_precision(dtype):
     """Activations are half precision, the frequencies not: `from_pretrained` keeps them, as tested above."""
     model = tiny_model("modern")
     positions = torch.tensor([[0, 1, 4001, 4002]])
@@ -616,7 +618,7 @@ def test_rotary_angles_do_not_suffer_from_half_precision(dtype):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_tied_head_is_written_once(name, tmp_path):
+def test_a_tied_head_is_saved_once(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -632,22 +634,22 @@ def test_tied_head_is_written_once(name, tmp_path):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
-def test_the_trunk_goes_from_head_to_head(tmp_path):
+def test_the_base_model_loads_from_and_into_every_head(tmp_path):
     model = tiny_model("gpt2", pad_token_id=0)
     model.save_pretrained(tmp_path / "lm")
-    trunk, info = MiniGPTModel.from_pretrained(tmp_path / "lm", output_loading_info=True)
+    base, info = MiniGPTModel.from_pretrained(tmp_path / "lm", output_loading_info=True)
     assert not info["missing_keys"]
     classifier = MiniGPTForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=3)
-    trunk.save_pretrained(tmp_path / "trunk")
-    again = MiniGPTForCausalLM.from_pretrained(tmp_path / "trunk")
+    base.save_pretrained(tmp_path / "base")
+    again = MiniGPTForCausalLM.from_pretrained(tmp_path / "base")
     for key, tensor in model.model.state_dict().items():
-        for other in (trunk, classifier.model, again.model):
+        for other in (base, classifier.model, again.model):
             assert torch.equal(tensor, other.state_dict()[key]), key
     ids = random_ids(2, 7)
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_sharded_files(tmp_path):
+def test_sharded_checkpoints_load(tmp_path):
     model = tiny_model("modern")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -656,7 +658,7 @@ def test_sharded_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "transformer", "rope"])
-def test_resizing_the_embeddings(name, tmp_path):
+def test_embeddings_can_be_resized(name, tmp_path):
     model = tiny_model(name, unpadded_vocab_size=None, vocab_size=67)
     ids = random_ids(2, 9)
     with torch.no_grad():
@@ -678,8 +680,8 @@ def test_resizing_the_embeddings(name, tmp_path):
 
 
 @pytest.mark.parametrize("size", [50, 67, 70, 80])
-def test_resizing_a_padded_table(size, tmp_path):
-    """As after `tokenizer.add_tokens`: the model can say exactly the ids that were asked for."""
+def test_a_padded_embedding_can_be_resized(size, tmp_path):
+    """As after `tokenizer.add_tokens`, exactly the requested ids have a probability."""
     for multiple in (None, 16):
         model = tiny_model("modern")
         model.resize_token_embeddings(size, pad_to_multiple_of=multiple)
@@ -691,7 +693,7 @@ def test_resizing_a_padded_table(size, tmp_path):
         assert torch.equal(MiniGPTForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
-def test_deepcopy_and_half_of_a_model():
+def test_a_model_can_be_copied_and_cast():
     model = tiny_model("gpt2")
     ids = random_ids(2, 9)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)

@@ -1,4 +1,4 @@
-"""The matrix products are `F.linear`, whichever library does them, and leave alone what only `F.linear` can do."""
+"""The products equal `F.linear` in either library, and leave to `F.linear` what oneDNN does not support."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from hf_minigpt import MiniGPTForSequenceClassification
-from hf_minigpt.model import functional_minigpt
+from hf_minigpt.model import loss_minigpt
 from hf_minigpt.model import products_minigpt as products
-from hf_minigpt.model.functional_minigpt import linear_cross_entropy
-from tests.tiny import SWITCHES, gradients, random_ids, tiny_model
+from hf_minigpt.model.loss_minigpt import linear_cross_entropy
+from tests.tiny import SWITCHES, gradients, needs_fast_paths, random_ids, tiny_model
 
 
 needs_onednn = pytest.mark.skipif(
@@ -20,7 +20,9 @@ needs_onednn = pytest.mark.skipif(
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Give oneDNN everything that it can do, whatever the processor and the sizes. Returns the products it did."""
+    """Use oneDNN for any processor and size. Return the list of shapes that it multiplies."""
+    if not products.fast_paths_enabled():
+        pytest.skip("the fast paths are turned off")
     calls = []
     run = products.run_onednn
 
@@ -28,7 +30,7 @@ def onednn(monkeypatch):
         calls.append((tuple(left.shape), tuple(right.shape)))
         return run(left, right, bias)
 
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "MIN_ROWS", 1)
     monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(products, "run_onednn", counted)
@@ -44,7 +46,7 @@ def operands(shape, num_outputs, dtype=torch.float32):
 @needs_onednn
 @pytest.mark.parametrize("shape, num_outputs", [((5, 3), 7), ((2, 9, 8), 3), ((2, 3, 4, 16), 16), ((1, 6), 1)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_of_any_order(shape, num_outputs, bias, onednn):
+def test_first_and_second_derivatives_equal_those_of_linear(shape, num_outputs, bias, onednn):
     def derivatives(linear, dtype):
         inputs, weight, offset = operands(shape, num_outputs, dtype)
         wanted = (inputs, weight, offset) if bias else (inputs, weight)
@@ -61,7 +63,7 @@ def test_values_and_gradients_of_any_order(shape, num_outputs, bias, onednn):
 
 
 @needs_onednn
-def test_operands_of_any_strides(onednn):
+def test_operands_may_have_any_strides(onednn):
     inputs, weight, bias = (tensor.detach() for tensor in operands((6, 10), 12))
     for x, w in [
         (inputs.t().contiguous().t(), weight),
@@ -77,7 +79,7 @@ def test_operands_of_any_strides(onednn):
 @needs_onednn
 @pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "bigram"])
-def test_model_on_onednn_is_the_model(name, skip_logits, onednn):
+def test_a_model_on_onednn_computes_the_same(name, skip_logits, onednn):
     ids = random_ids(3, 9)
     expected = tiny_model(name).train()
     with torch.backends.mkldnn.flags(enabled=False):
@@ -95,14 +97,14 @@ def test_model_on_onednn_is_the_model(name, skip_logits, onednn):
 
 
 @needs_onednn
-def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
-    monkeypatch.setitem(functional_minigpt.CHUNK_ELEMENTS, "cpu", 1)
-    monkeypatch.setattr(functional_minigpt, "MIN_CHUNK_ROWS", 4)
+def test_the_chunked_loss_sums_its_chunks(onednn, monkeypatch):
+    monkeypatch.setitem(loss_minigpt.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(loss_minigpt, "MIN_CHUNK_ROWS", 4)
     hidden, weight, bias = operands((11, 8), 13)
     targets = torch.arange(11)
     loss, hits = linear_cross_entropy(hidden, weight, bias, targets, softcap=5.0, num_ids=12, count_correct=True)
     actual = torch.autograd.grad(loss, (hidden, weight, bias))
-    # 11 rows become 16, four chunks of three products
+    # 11 rows are padded to 16: four chunks of three products.
     assert len(onednn) == 12
     hidden, weight, bias = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias))
     logits = (5 * torch.tanh(F.linear(hidden, weight, bias) / 5))[:, :12]
@@ -114,7 +116,7 @@ def test_chunked_loss_sums_its_chunks(onednn, monkeypatch):
 
 
 @needs_onednn
-def test_leaves_alone_what_it_cannot_do(onednn):
+def test_unsupported_inputs_use_linear(onednn):
     inputs, weight, _ = operands((6, 4), 5)
     linear = products.linear
     linear(inputs.double(), weight.double())
@@ -134,27 +136,28 @@ def test_leaves_alone_what_it_cannot_do(onednn):
 
 
 @needs_onednn
-def test_few_shapes_for_many_lengths(onednn):
+def test_many_lengths_compile_few_shapes(onednn):
     weight, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
     for length in range(1, 400):
         inputs = torch.randn(length, 4, requires_grad=True)
         products.linear(inputs, weight, bias).sum().backward()
         assert inputs.grad.shape == (length, 4)
         linear_cross_entropy(inputs, weight, bias, torch.arange(length) % 5)[0].backward()
-    numbers = {products.aligned(length) for length in range(1, 400)}
+    numbers = {products.round_up_rows(length) for length in range(1, 400)}
     assert len(numbers) == 16 + 8 + 4 + 1
     assert {shape[0] for shape, _ in onednn} <= numbers | {4, 5}
     assert {shape[1] for shape, _ in onednn} <= numbers | {4, 5}
-    assert all(length <= products.aligned(length) < length * 1.125 + 8 for length in range(1, 5000))
-    assert [products.aligned(2**i) for i in range(3, 20)] == [2**i for i in range(3, 20)]
+    assert all(length <= products.round_up_rows(length) < length * 1.125 + 8 for length in range(1, 5000))
+    assert [products.round_up_rows(2**i) for i in range(3, 20)] == [2**i for i in range(3, 20)]
 
 
-def test_sizes_decide(monkeypatch):
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+@needs_fast_paths
+def test_small_products_do_not_use_onednn(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     weight = torch.zeros(1024, 512)
-    assert products.takes_onednn(torch.zeros(8, 512), weight)
-    assert not products.takes_onednn(torch.zeros(7, 512), weight)
-    assert not products.takes_onednn(torch.zeros(8, 64), weight[:, :64])
+    assert products.uses_onednn(torch.zeros(8, 512), weight)
+    assert not products.uses_onednn(torch.zeros(7, 512), weight)
+    assert not products.uses_onednn(torch.zeros(8, 64), weight[:, :64])
 
 
 @pytest.mark.parametrize(
@@ -165,13 +168,13 @@ def test_sizes_decide(monkeypatch):
         ("vendor_id : GenuineIntel", "AVX512", False),
     ],
 )
-def test_processors(cpuinfo, capability, expected, monkeypatch):
-    monkeypatch.setattr(products, "processor", lambda: cpuinfo)
+def test_onednn_is_faster_on_amd_with_avx512(cpuinfo, capability, expected, monkeypatch):
+    monkeypatch.setattr(products, "processor_description", lambda: cpuinfo)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.prefers_onednn.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    assert products.onednn_is_faster.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not products.prefers_onednn.__wrapped__()
+    assert not products.onednn_is_faster.__wrapped__()
 
 
 def quantized(dtype):
@@ -194,7 +197,7 @@ def adapted(model):
 
 
 def replaced(model):
-    """Each layer by one of one's own, as quantisers do."""
+    """Replace each linear layer by a custom one, as quantizers do."""
 
     class Rounded(nn.Module):
         def __init__(self, linear):
@@ -211,25 +214,25 @@ def replaced(model):
     return model
 
 
-# what it does to a model, and how far logits may then be from those of the model, or None where it changes them
+# Each tool's change of a model, and the tolerance of the logits afterwards; None where the tool changes them.
 TOOLS = {
     "int8": (quantized(torch.qint8), 0.4),
     "float16": (quantized(torch.float16), 0.01),
     "pruning": (pruned, None),
     "adapters": (adapted, None),
-    "layers_of_ones_own": (replaced, None),
+    "custom_layers": (replaced, None),
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation")
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_tools_find_every_layer_and_are_obeyed(tool, name):
-    """The layers are exactly `nn.Linear`, and text and loss are those of what a tool made of them."""
+def test_tools_change_every_layer(tool, name):
+    """Tools find the layers as `nn.Linear`, and logits, loss and generated ids are those of the changed layers."""
     change, tolerance = TOOLS[tool]
     model = tiny_model(name)
     ids = random_ids(2, 9)
-    # with whatever the model keeps from writing
+    # Fill what single-token decoding caches.
     model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         before = model(ids).logits[..., :67]
@@ -246,11 +249,11 @@ def test_tools_find_every_layer_and_are_obeyed(tool, name):
         for position in range(9, 14):
             logits = changed(written[:, :position]).logits[:, -1]
             chosen = logits.gather(1, written[:, position : position + 1])[:, 0]
-            # int8 rounds one token's activations in another way than all of them
+            # int8 rounds the activations of one token differently than those of all tokens.
             assert (logits.amax(-1) - chosen < (0.4 if tool == "int8" else 1e-4)).all()
 
 
-def test_a_classifier_is_of_plain_layers_too():
+def test_tools_change_every_layer_of_a_classifier():
     model = tiny_model("gpt2", model_class=MiniGPTForSequenceClassification, num_labels=3, pad_token_id=66)
     ids, mask = random_ids(2, 9, vocab_size=66), torch.ones(2, 9, dtype=torch.long)
     with torch.no_grad():
@@ -261,15 +264,15 @@ def test_a_classifier_is_of_plain_layers_too():
 
 
 @needs_onednn
-def test_every_matrix_of_the_blocks_takes_this_way(onednn):
+def test_every_matrix_uses_onednn(onednn):
     model = tiny_model("modern")
     model(random_ids(2, 9))
-    # query, key, value, output, up and down, and the head
+    # Query, key, value, output, up and down projections per block, and the head.
     assert len(onednn) == 6 * len(model.model.layers) + 1
 
 
 @needs_onednn
-def test_a_layer_that_is_listened_to_or_adapted_is_called_and_takes_this_way(onednn):
+def test_hooked_and_adapted_layers_are_called_and_use_onednn(onednn):
     class Adapter(nn.Module):
         def __init__(self, base_layer):
             super().__init__()
@@ -285,11 +288,11 @@ def test_a_layer_that_is_listened_to_or_adapted_is_called_and_takes_this_way(one
     torch.testing.assert_close(products.project(Adapter(layer), inputs), expected + 1)
     assert len(onednn) == 1
 
-    class ByName(nn.Linear):
+    class CallsByName(nn.Linear):
         def forward(self, inputs):
             return F.linear(input=inputs, weight=self.weight, bias=self.bias)
 
-    by_name = ByName(4, 5)
+    by_name = CallsByName(4, 5)
     by_name.load_state_dict(layer.state_dict())
     torch.testing.assert_close(products.project(by_name, inputs), expected)
     assert len(onednn) == 2

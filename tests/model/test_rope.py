@@ -1,4 +1,4 @@
-"""Every kind of rotary positions is transformers' own, and what cannot be computed is refused in the configuration."""
+"""Every rope_type equals transformers' own, and the configuration refuses wrong parameters."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
-from hf_minigpt.model.functional_minigpt import apply_rotary
+from hf_minigpt.model.attention_minigpt import apply_rotary
 from tests.tiny import NO_DROPOUT, random_ids
 
 
@@ -61,9 +61,9 @@ def rope_config(parameters=None, **overrides):
 
 def neox_and_ours(parameters):
     """
-    A GPT-NeoX, which transformers can give any rotary positions, and a MiniGPT of the same weights.
+    Return a GPT-NeoX, which supports every rope_type, and a MiniGPT with the same weights.
 
-    Its block is ours where its residual is not parallel.
+    Without its parallel residual, its block is that of MiniGPT.
     """
     torch.manual_seed(0)
     config = GPTNeoXConfig(
@@ -94,7 +94,7 @@ def neox_and_ours(parameters):
         }.items():
             name = name.replace(theirs, ours)
         if "query_key_value" in name:
-            # each head has its query, its key and its value, one after the other
+            # Each head stores query, key and value one after the other.
             parts = tensor.view(HEADS, 3, HEAD_DIM, *tensor.shape[1:]).unbind(1)
             for part, letter in zip(parts, "qkv", strict=True):
                 state[name.replace("attention.query_key_value", f"self_attn.{letter}_proj")] = part.flatten(0, 1)
@@ -108,11 +108,11 @@ def neox_and_ours(parameters):
 
 @pytest.mark.parametrize("share", [1, 0.5, 0.25])
 @pytest.mark.parametrize("name", ROPES)
-def test_equals_a_stock_model_with_the_same_positions(name, share, tmp_path):
+def test_logits_equal_those_of_gpt_neox(name, share, tmp_path):
     neox, model = neox_and_ours(rope_parameters(name, share))
     model.save_pretrained(tmp_path)
     loaded = MiniGPTForCausalLM.from_pretrained(tmp_path).eval()
-    # within the original context, beyond it, beyond all, and back: some change as texts get longer
+    # Within the original context, beyond it, beyond the extended one, and back: some types depend on the length.
     for length in (9, 40, 90, 9):
         ids = random_ids(2, length)
         with torch.no_grad():
@@ -123,7 +123,7 @@ def test_equals_a_stock_model_with_the_same_positions(name, share, tmp_path):
 
 @pytest.mark.parametrize("share", [1, 0.5])
 @pytest.mark.parametrize("name", ROPES)
-def test_writes_what_a_stock_model_writes(name, share):
+def test_generated_ids_equal_those_of_gpt_neox(name, share):
     """One token at a time, from within the original context to beyond it."""
     neox, model = neox_and_ours(rope_parameters(name, share))
     ids = random_ids(2, 9)
@@ -131,15 +131,15 @@ def test_writes_what_a_stock_model_writes(name, share):
     assert torch.equal(model.generate(ids, **options), neox.generate(ids, **options))
 
 
-def test_a_share_turns_the_first_dimensions_only():
+def test_a_partial_rotary_factor_rotates_the_first_dimensions():
     x, angles = torch.randn(1, 1, 1, 8), torch.tensor([[[0.3, 0.7, 0.3, 0.7]]])
-    turned = apply_rotary(x, angles.cos(), angles.sin())[0, 0, 0]
+    rotated = apply_rotary(x, angles.cos(), angles.sin())[0, 0, 0]
     x = x[0, 0, 0]
     pairs = torch.complex(x[:2], x[2:4]) * torch.exp(1j * angles[0, 0, :2])
-    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag, x[4:]]))
+    torch.testing.assert_close(rotated, torch.cat([pairs.real, pairs.imag, x[4:]]))
 
 
-def test_a_type_that_somebody_registers(monkeypatch):
+def test_a_registered_rope_type_is_used(monkeypatch):
     frequencies = torch.zeros(HEAD_DIM // 2)
     monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "still", lambda config, *args, **kwargs: (frequencies, 1.0))
     parameters = {"rope_type": "still", "rope_theta": 50.0, "factor": 2.0}
@@ -154,7 +154,7 @@ def test_a_type_that_somebody_registers(monkeypatch):
         ({}, {"rope_type": "default", "rope_theta": 10000.0}),
         ({"rope_type": None, "rope_theta": None, "factor": None}, {"rope_type": "default", "rope_theta": 10000.0}),
         ({"rope_type": "linear", "factor": 2}, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2}),
-        # the ratio of the contexts, as transformers has it for some models
+        # The ratio of the contexts, as in some models of transformers.
         (
             {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
             {
@@ -166,11 +166,11 @@ def test_a_type_that_somebody_registers(monkeypatch):
         ),
     ],
 )
-def test_what_is_left_out_has_its_default(given, expected):
+def test_missing_keys_get_defaults(given, expected):
     assert rope_config(given).rope_parameters == expected
 
 
-def test_older_names():
+def test_older_names_are_accepted():
     parameters = rope_config(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5.0).rope_parameters
     assert (parameters["rope_type"], parameters["factor"], parameters["rope_theta"]) == ("linear", 2.0, 5.0)
     assert rope_config(partial_rotary_factor=0.5).rope_parameters["partial_rotary_factor"] == 0.5
@@ -194,9 +194,12 @@ LLAMA3, LONGROPE = rope_parameters("llama3", 1), rope_parameters("longrope", 1)
             ({"partial_rotary_factor": v}, [f"partial_rotary_factor={v!r}", "above 0 and up to 1"])
             for v in (0, -0.5, 1.5, "half", float("nan"))
         ],
-        ({"partial_rotary_factor": 0.2}, ["partial_rotary_factor=0.2", "3 dimensions", "even"]),
-        ({"partial_rotary_factor": 0.01}, ["partial_rotary_factor=0.01", "0 dimensions"]),
-        ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.125}, ["2 dimensions", "at least 4"]),
+        ({"partial_rotary_factor": 0.2}, ["partial_rotary_factor=0.2", "3 rotated dimensions", "even"]),
+        ({"partial_rotary_factor": 0.01}, ["partial_rotary_factor=0.01", "0 rotated dimensions"]),
+        (
+            {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.125},
+            ["2 rotated dimensions", "at least 4"],
+        ),
         ({"rope_type": "linear"}, ["rope_type='linear'", "factor"]),
         ({"rope_type": "dynamic"}, ["rope_type='dynamic'", "factor"]),
         ({"rope_type": "yarn"}, ["rope_type='yarn'", "factor"]),
@@ -223,7 +226,7 @@ LLAMA3, LONGROPE = rope_parameters("llama3", 1), rope_parameters("longrope", 1)
     ],
     ids=str,
 )
-def test_what_cannot_be_computed_is_refused_by_name(parameters, words):
+def test_wrong_parameters_are_refused_by_name(parameters, words):
     with pytest.raises(Exception) as error:
         rope_config(parameters)
     for word in words:
@@ -239,8 +242,7 @@ def test_what_cannot_be_computed_is_refused_by_name(parameters, words):
         (None, "rope_theta=None"),
     ],
 )
-def test_a_checkpoint_is_opened_with_other_positions(parameters, word, tmp_path):
-    """Those that were not trained: complete ones are taken, others are refused."""
+def test_a_checkpoint_loads_with_other_rope_parameters(parameters, word, tmp_path):
     MiniGPTForCausalLM(rope_config({"rope_theta": 5.0})).save_pretrained(tmp_path)
     whole = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
     model = MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=whole)
@@ -250,7 +252,7 @@ def test_a_checkpoint_is_opened_with_other_positions(parameters, word, tmp_path)
         MiniGPTForCausalLM.from_pretrained(tmp_path, rope_parameters=parameters)
 
 
-def test_a_config_that_was_changed_is_looked_at_again(tmp_path):
+def test_a_changed_config_is_validated_again(tmp_path):
     config = rope_config({"rope_type": "linear", "factor": 2.0})
     config.rope_parameters["rope_type"] = "linaer"
     for use in (MiniGPTForCausalLM, lambda config: config.save_pretrained(tmp_path)):

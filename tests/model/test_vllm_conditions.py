@@ -1,8 +1,8 @@
-"""What vLLM's Transformers modeling backend asks of a model, without vLLM.
+"""The conditions of vLLM's Transformers modeling backend, tested without vLLM.
 
-The conditions are those of its documentation ("Writing custom models", "Plugin System") and of
-`vllm/model_executor/models/transformers/` in 2026: it builds `AutoModel` with an attention of its own, calls it on all
-the tokens of a step in one row, and computes the logits itself.
+They come from its documentation ("Writing custom models", "Plugin System") and from
+`vllm/model_executor/models/transformers/` in 2026. The backend builds `AutoModel` with its own attention, calls it on
+all tokens of a step in one row, and computes the logits itself.
 """
 
 import json
@@ -22,12 +22,12 @@ from hf_minigpt import MiniGPTForCausalLM, MiniGPTModel
 from tests.tiny import SWITCHES, random_ids, tiny_model
 
 
-# `head_mask` (pruned heads) is the one switch that vLLM's flat attention output cannot carry.
+# vLLM's flat attention output does not support `head_mask` (pruned heads).
 SERVED = sorted(SWITCHES.keys() - {"gpt1"})
 
 
-def test_the_plugin_is_found_and_may_be_called_again():
-    """Every process of vLLM calls what the entry points name."""
+def test_the_plugin_can_be_called_repeatedly():
+    """Every process of vLLM calls the functions of the entry points."""
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     section = pyproject.split('[project.entry-points."vllm.general_plugins"]')[1].split("\n[")[0]
     plugins = re.findall(r'^\w+ = "(\S+)"$', section, re.MULTILINE)
@@ -37,7 +37,7 @@ def test_the_plugin_is_found_and_may_be_called_again():
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_the_model_is_what_the_backend_can_take_apart(name, tmp_path):
+def test_the_backend_supports_the_models_structure(name, tmp_path):
     language_model = tiny_model(name)
     model = language_model.model
     assert MiniGPTModel.is_backend_compatible() and MiniGPTForCausalLM.is_backend_compatible()
@@ -45,18 +45,18 @@ def test_the_model_is_what_the_backend_can_take_apart(name, tmp_path):
     language_model.save_pretrained(tmp_path)
     assert "AutoModel" in json.loads((tmp_path / "config.json").read_text())["auto_map"]
 
-    # pipeline parallelism splits one list of blocks, and finds the rest by its name
+    # Pipeline parallelism splits one list of blocks, and finds the other modules by name.
     module_lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     assert module_lists == ["layers"] and model.supports_pp_plan
     assert set(model._pp_plan) <= {path for path, _ in model.named_children()}
-    # tensor parallelism knows these two styles, and every matrix of a block has one
+    # Tensor parallelism supports these two styles, and every matrix of a block has one.
     plan = dict(model.config.base_model_tp_plan)
-    # transformers 5.20 adds an entry for tied embeddings, whatever the model
+    # transformers 5.20 adds an entry for tied embeddings to every model.
     assert plan.pop("embed_tokens", "embedding_rowwise") == "embedding_rowwise"
     assert set(plan.values()) == {"colwise", "rowwise"}
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert all(any(fnmatch(path, pattern) for pattern in plan) for path in linears)
-    # the key-value cache is sized, and the layers are told apart, by these
+    # They give the size of the key-value cache, and identify the layers.
     for i, block in enumerate(model.layers):
         attention = block.self_attn
         assert (attention.layer_idx, attention.is_causal) == (i, True) and isinstance(attention.scaling, float)
@@ -65,9 +65,9 @@ def test_the_model_is_what_the_backend_can_take_apart(name, tmp_path):
 
 
 class CachedAttention:
-    """Stands for vLLM's attention of one layer: flat queries, keys and values (tokens, heads * head_dim) of a step.
+    """Stand-in for vLLM's attention of one layer, on flat queries, keys and values (tokens, heads * head_dim).
 
-    `lengths`, set before each step, tells how many of its tokens belong to each sequence.
+    `lengths`, set before each step, are the numbers of its tokens per sequence.
     """
 
     def __init__(self, num_heads: int):
@@ -102,7 +102,7 @@ def engine(monkeypatch):
 
 
 def engine_model(language_model):
-    """As the backend builds it: from the config, with its attention, the weights by their names in the checkpoint."""
+    """Build the model as the backend does: from the config, with its attention, and load the weights by name."""
     config = type(language_model.config).from_dict(language_model.config.to_dict())
     config._attn_implementation = "vllm"
     model = AutoModel.from_config(config).eval()
@@ -117,7 +117,7 @@ def engine_model(language_model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SERVED)
-def test_served_logits_are_the_models(name, engine):
+def test_served_logits_equal_the_models(name, engine):
     language_model = tiny_model(name)
     config = language_model.config
     model = engine_model(language_model)
@@ -141,7 +141,7 @@ def test_served_logits_are_the_models(name, engine):
             logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
         return logits.split([len(part) for part in parts])
 
-    # all prompts in one row; then, one token of each; a chunk of one beside a token of the others
+    # All prompts in one row, then chunks of different lengths.
     cuts = [[5, 2, 3], [6, 3, 4], [7, 4, 9]]
     done = [0, 0, 0]
     served: list[list[torch.Tensor]] = [[], [], []]
@@ -157,7 +157,7 @@ def test_served_logits_are_the_models(name, engine):
 
 
 class WholeRow:
-    """One sequence from its beginning: nothing that a compiler could stumble over."""
+    """Attention of one sequence without a cache, which a compiler can trace."""
 
     def __init__(self, num_heads: int):
         self.num_heads = num_heads
@@ -170,7 +170,7 @@ class WholeRow:
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_the_decoder_is_traced_in_one_piece(name, engine):
+def test_the_decoder_compiles_as_one_graph(name, engine):
     """vLLM compiles the forward of the decoder without breaks, for any number of tokens."""
     language_model = tiny_model(name)
     model = engine_model(language_model)

@@ -1,6 +1,6 @@
 """
-What `generate` writes is the argmax of full forward passes, whichever way it goes: in this process, in one that has
-only the code beside the checkpoint, and under a transformers that has another name for the cache.
+Every way of `generate` gives the argmax of full forward passes: in this process, in a process that has only the code
+next to the checkpoint, and with a version of transformers that uses another name for the cache.
 """
 
 import os
@@ -19,14 +19,14 @@ from tests.tiny import POSITIONS, tiny_model
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", POSITIONS)
-def test_in_this_process(name, way):
+def test_every_way_gives_the_argmax_in_this_process(name, way):
     check_way(way, tiny_model(name))
 
 
 @pytest.mark.parametrize(("name", "cache_name"), [("gpt2", None), ("modern", "memory")])
-def test_in_a_process_without_the_package(name, cache_name, tmp_path):
+def test_every_way_gives_the_argmax_without_the_package(name, cache_name, tmp_path):
     if cache_name is not None and "past_key_values" not in BaseModelOutputWithPast.__dataclass_fields__:
-        pytest.skip("this transformers has renamed it, and the first test is of that")
+        pytest.skip("this version of transformers has renamed the cache already")
     tiny_model(name).save_pretrained(tmp_path / "saved")
     site_packages = Path(transformers.__file__).parents[1]
     command = [sys.executable, "-I", ways_to_generate.__file__, tmp_path / "saved", site_packages]
@@ -36,4 +36,4 @@ def test_in_a_process_without_the_package(name, cache_name, tmp_path):
         command.append(cache_name)
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{len(WAYS)} ways are right" in result.stdout
+    assert f"{len(WAYS)} ways are correct" in result.stdout

@@ -1,9 +1,9 @@
 """
-Every way of `generate`, against full forward passes without a cache. Also a program, for a process without package:
+Compare every way of `generate` with full forward passes without a cache. As a program, without the package:
 
     python -I ways_to_generate.py FOLDER SITE_PACKAGES [NAME]
 
-It reads the checkpoint in FOLDER by its own code. With NAME, all of transformers calls the cache by that name.
+It loads the checkpoint in FOLDER with the code in FOLDER. With NAME, transformers uses that name for the cache.
 """
 
 import copy
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 
-class Absent:
-    """First in `sys.meta_path`: the package cannot be found, as on a machine where it was never installed."""
+class PackageHider:
+    """Import finder that hides the package, as if it were not installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "hf_minigpt":
@@ -21,7 +21,7 @@ class Absent:
 
 
 def rename_cache(new_name):
-    """Compile transformers with `past_key_values` under another name, as a later version may have it."""
+    """Import transformers with another name for `past_key_values`, as later versions may have."""
     get_code = importlib.machinery.SourceFileLoader.get_code
 
     def get_renamed_code(self, module):
@@ -34,7 +34,7 @@ def rename_cache(new_name):
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, Absent())
+    sys.meta_path.insert(0, PackageHider())
     sys.path.insert(0, sys.argv[2])
     if len(sys.argv) > 3:
         rename_cache(sys.argv[3])
@@ -56,7 +56,7 @@ def by_hand(model, ids, new_tokens):
 
 
 def beams_by_hand(model, ids, new_tokens, num_beams):
-    """The row that a beam search of `ids` (1, T) finds, its score the sum of log-probabilities."""
+    """Return the best row of a beam search from `ids` (1, T), by the sum of log-probabilities."""
     beams = [(0.0, ids)]
     for _ in range(new_tokens):
         grown = []
@@ -75,12 +75,12 @@ def generate(model, ids, new_tokens, **options):
 
 
 def assisted(model, ids, new_tokens, **options):
-    """Speculation is for one row at a time."""
+    """Generate row by row: assisted generation supports one row only."""
     return torch.cat([generate(model, row, new_tokens, **options) for row in ids.split(1)])
 
 
 def given_cache(model, ids, new_tokens):
-    """A cache that already holds the beginning, under the name that `generate` of this version has for it."""
+    """Continue from a cache that holds the beginning, passed under the name that this version uses."""
     options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     begun = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options)
     [(name, cache)] = [(name, value) for name, value in begun.items() if isinstance(value, DynamicCache)]
@@ -131,4 +131,4 @@ if __name__ == "__main__":
     assert len(sys.argv) == 3 or sys.argv[3] in BaseModelOutputWithPast.__dataclass_fields__
     for way in WAYS:
         check_way(way, model)
-    print(f"{len(WAYS)} ways are right")
+    print(f"{len(WAYS)} ways are correct")
