@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_minigpt.atomic import follow_umask, made_at_once, written_at_once
+from hf_minigpt.atomic import atomic_file, atomic_folder, follow_umask
 from hf_minigpt.classification.data import write_texts
 from hf_minigpt.data.corpora import load_documents, stream_documents
 from hf_minigpt.data.streaming import prepare_stream
@@ -40,7 +40,7 @@ def private_file(folder):
 
 @pytest.mark.parametrize("mask", UMASKS)
 def test_a_folder_and_its_files_get_the_permissions_of_new_ones(mask, tmp_path):
-    with umask(mask), made_at_once(tmp_path / "cache" / "store") as work:
+    with umask(mask), atomic_folder(tmp_path / "cache" / "store") as work:
         private_file(work)
         private_file(tempfile.mkdtemp(dir=work))
         assert not (tmp_path / "cache" / "store").exists()
@@ -53,7 +53,7 @@ def test_a_file_gets_the_permissions_of_new_ones_and_is_replaced_whole(mask, tmp
     path = tmp_path / "figures.jsonl"
     for text in ("old", "new"):
         before = path.read_text() if path.exists() else None
-        with umask(mask), written_at_once(path) as work:
+        with umask(mask), atomic_file(path) as work:
             assert work.suffix == path.suffix
             private_file(tmp_path).replace(work)
             work.write_text(text)
@@ -66,10 +66,10 @@ def test_a_file_gets_the_permissions_of_new_ones_and_is_replaced_whole(mask, tmp
 def test_what_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="disk on fire"), written_at_once(path) as work:
+    with pytest.raises(OSError, match="disk on fire"), atomic_file(path) as work:
         work.write_text("half")
         raise OSError("disk on fire")
-    with pytest.raises(OSError, match="disk on fire"), made_at_once(tmp_path / "folder") as work:
+    with pytest.raises(OSError, match="disk on fire"), atomic_folder(tmp_path / "folder") as work:
         (work / "half").write_text("half")
         raise OSError("disk on fire")
     assert list(tmp_path.iterdir()) == [path]
@@ -77,9 +77,9 @@ def test_what_fails_leaves_what_was_there(tmp_path):
 
 
 def test_the_first_of_two_makers_wins(tmp_path):
-    with made_at_once(tmp_path / "store") as second:
+    with atomic_folder(tmp_path / "store") as second:
         (second / "by").write_text("second")
-        with made_at_once(tmp_path / "store") as first:
+        with atomic_folder(tmp_path / "store") as first:
             (first / "by").write_text("first")
     assert (tmp_path / "store" / "by").read_text() == "first"
     assert list(tmp_path.iterdir()) == [tmp_path / "store"]

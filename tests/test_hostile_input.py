@@ -92,11 +92,11 @@ def too_little(folder):
     ("damage", "message"),
     [
         (latin_1, r"9\.txt is not UTF-8 text.*iconv"),
-        (zip_archive, r"9\.txt is not text but binary"),
+        (zip_archive, r"9\.txt is binary, not text"),
         (other_columns, r"9\.csv has no column 'text'.*\['title', 'body'\]"),
-        (link_to_itself, r"loop is a symbolic link to a folder that it lies in; remove"),
-        (empty_file, r"9\.txt is empty; remove"),
-        (too_little, r"a row of context_length=16 needs 17; give more text"),
+        (link_to_itself, r"loop is a symbolic link to one of its parent folders\. Remove"),
+        (empty_file, r"9\.txt is empty\. Remove"),
+        (too_little, r"one row of context_length=16 requires 17\. Provide more text"),
     ],
 )
 def test_corpus(work, damage, message):
@@ -261,12 +261,12 @@ def row(*ids: int, targets: list[int] | None = None) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(1, 2), row(3, 67)], "input_ids has 67, and the model's ids end at 66"),
-        ([row(1, -1)], "input_ids has -1"),
-        ([row(1, 2, targets=[2, 67])], "shift_labels has 67"),
-        ([row(1, 2, targets=[2, -5])], "shift_labels has -5"),
-        ([], "0 rows"),
-        ([row(1, 2), {"input_ids": torch.tensor([]), "shift_labels": torch.tensor([])}], "leave empty rows out"),
+        ([row(1, 2), row(3, 67)], "input_ids contains 67, and the model's largest id is 66"),
+        ([row(1, -1)], "input_ids contains -1"),
+        ([row(1, 2, targets=[2, 67])], "shift_labels contains 67"),
+        ([row(1, 2, targets=[2, -5])], "shift_labels contains -5"),
+        ([], "has 0 rows"),
+        ([row(1, 2), {"input_ids": torch.tensor([]), "shift_labels": torch.tensor([])}], "Leave out empty rows"),
     ],
 )
 def test_rows_that_no_model_takes(rows, message):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 
 from hf_minigpt import MiniGPTConfig, tokenization
 from hf_minigpt.data.corpora import Documents
+from hf_minigpt.data.course import train_word_tokenizer
 from hf_minigpt.tokenization import (
     CHAT_FORMATS,
     END_OF_TEXT,
@@ -26,7 +27,6 @@ from hf_minigpt.tokenization import (
     tokenizer_fingerprint,
     train_character_tokenizer,
     train_tokenizer,
-    train_word_tokenizer,
 )
 
 
@@ -97,7 +97,7 @@ def test_the_pieces_that_a_tokenizer_is_trained_on_do_not_matter(train, separato
 
 def test_a_tokenizer_is_trained_on_pieces_however_long_a_document_is():
     # pre-tokenization takes many times the memory of what it is given at once
-    lengths = [len(piece) for piece in tokenization._pieces([book(20_000), "short"])]
+    lengths = [len(piece) for piece in tokenization.text_pieces([book(20_000), "short"])]
     assert sum(lengths) == len(book(20_000)) + 5
     assert max(lengths) < 1.1 * tokenization.PIECE_LENGTH
     assert len(lengths) > 10
@@ -270,7 +270,10 @@ def test_fitting_tokenizer_is_accepted(trained, gpt2):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vocab_size": 50257, "unpadded_vocab_size": None, "pad_token_id": None}, "reach 50257.*resize.*50304"),
+        (
+            {"vocab_size": 50257, "unpadded_vocab_size": None, "pad_token_id": None},
+            "largest id is 50257.*resize.*50304",
+        ),
         ({"unpadded_vocab_size": 50257, "pad_token_id": None}, "has 50258 tokens, the model was made for 50257"),
         ({"unpadded_vocab_size": None}, "made for 50304"),
         ({"pad_token_id": 50256}, "pad_token_id is 50256 in the model's config and 50257 in the tokenizer"),

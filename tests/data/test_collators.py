@@ -53,5 +53,5 @@ def test_rows_cut_together_make_the_same_batch_as_rows_alone():
     for name, value in together.items():
         assert value.dtype == torch.int64 and value.is_contiguous() and value.equal(alone[name])
     for rows in (batch, list(batch)):
-        with pytest.raises(ValueError, match="has 8, and the model's ids end at 7"):
+        with pytest.raises(ValueError, match="contains 8, and the model's largest id is 7"):
             LanguageModelCollator(PAD, num_ids=8)(rows)

@@ -53,7 +53,7 @@ def test_missing_column_names_file_and_columns(name, tmp_path):
 
 def test_column_of_numbers_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: column 'n' holds int, not text: 1"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: column 'n' contains int, not text: 1"):
         list(load_documents(tmp_path, text_column="n"))
 
 
@@ -145,7 +145,7 @@ def test_max_documents(tmp_path):
         ("a.parquet", b"", "is empty"),
         ("a.txt", b" \n\n", "is empty"),
         ("a.txt", "Bär".encode("latin1") * 9, "not UTF-8 text"),
-        ("a.txt", "text".encode("utf-16"), "binary"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16 text"),
         ("a.csv", b"text,n\nB\xe4r,1\n", "not UTF-8 text"),
         ("a.jsonl", b'{"text": "B\xe4r"}\n', "not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
@@ -167,13 +167,13 @@ def test_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
 def test_zip_named_txt_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.txt", "w") as archive:
         archive.writestr("book.txt", "text " * 100)
-    with pytest.raises(ValueError, match=r"a\.txt is not text but binary"):
+    with pytest.raises(ValueError, match=r"a\.txt is binary, not text"):
         list(load_documents(tmp_path / "a.txt"))
 
 
 def test_folders_without_text_and_other_files_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match=r"holds no file that ends in \.txt, \.jsonl"):
+    with pytest.raises(ValueError, match=r"contains no file that ends in \.txt, \.jsonl"):
         load_documents(tmp_path)
     with pytest.raises(ValueError, match=r"a\.pdf: cannot read \.pdf"):
         load_documents(tmp_path / "a.pdf")
@@ -183,7 +183,7 @@ def test_folders_without_text_and_other_files_are_refused(tmp_path):
 def test_name_that_is_neither_path_nor_hub_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # the empty name is the current folder
-    message = "does not look like a name on the Hub" if name else "holds no file"
+    message = "does not look like a Hub dataset" if name else "contains no file"
     with pytest.raises(ValueError, match=message):
         load_documents(name)
 
@@ -197,7 +197,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (corpus / "b.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
     assert list(load_documents(corpus)) == ["a", "a"]
     (corpus / "loop").symlink_to(corpus)
-    with pytest.raises(ValueError, match=r"loop is a symbolic link to a folder that it lies in"):
+    with pytest.raises(ValueError, match=r"loop is a symbolic link to one of its parent folders"):
         load_documents(corpus)
 
 
@@ -279,5 +279,7 @@ class TestHub:
     def test_errors(self, hub):
         with pytest.raises(ValueError, match=r"owner/books has no column 'body'.*\['text', 'n'\]"):
             load_documents("owner/books", text_column="body")
-        with pytest.raises(ValueError, match=r"no file or folder owner/missing here, and the Hub .* doesn't exist"):
+        with pytest.raises(
+            ValueError, match=r"no file or folder owner/missing exists, .* from the Hub: .* doesn't exist"
+        ):
             load_documents("owner/missing")

@@ -164,8 +164,8 @@ def bad(**values) -> dict:
 BAD = [
     ("latin.csv", "text,label,prompt,completion\nB\xe4r,1,a,b\n".encode("latin1"), r"line 2.*0xe4.*WINDOWS-1252", "prs"),
     ("latin.jsonl", lines(GOOD_ROW) + '{"text": "B\xe4r"}\n'.encode("latin1"), r"line 2.*0xe4.*WINDOWS-1252", "prs"),
-    ("utf16.csv", "text,label\na,1\n".encode("utf-16"), r"UTF-16", "prs"),
-    ("utf16.json", array(GOOD_ROW).decode().encode("utf-16"), r"UTF-16", "prs"),
+    ("utf16.csv", "text,label\na,1\n".encode("utf-16"), r"is UTF-16 text", "prs"),
+    ("utf16.json", array(GOOD_ROW).decode().encode("utf-16"), r"is UTF-16 text", "prs"),
     ("utf32.jsonl", lines(GOOD_ROW).decode().encode("utf-32-le"), r"binary", "prs"),
     ("empty.csv", b"", "is empty", "prs"),
     ("blank.jsonl", b"\n \n", "is empty", "prs"),
@@ -173,7 +173,7 @@ BAD = [
     ("none.json", b"[]", "is empty", "prs"),
     ("cut.jsonl", lines(*[GOOD_ROW] * 6) + b'{"text": "a', r"line 7, cannot be read", "prs"),
     ("cut.json", array(*[GOOD_ROW] * 6)[:-9], r"row 6, cannot be read", "prs"),
-    ("two.json", array(GOOD_ROW) + b" 1", r"something follows its array", "prs"),
+    ("two.json", array(GOOD_ROW) + b" 1", r"there is text after its array", "prs"),
     ("comma.json", array(GOOD_ROW, GOOD_ROW).replace(b"}, {", b"} {"), r"row 1, .*a comma", "prs"),
     ("list.jsonl", b'["text"]\n["a"]\n', r"row 1 is 'text' and must be an object", "prs"),
     ("strings.jsonl", lines(GOOD_ROW) + b'"text"\n', r"line 2 is 'text' and must be an object", "prs"),
@@ -181,19 +181,19 @@ BAD = [
     ("not.csv.gz", b"text\na\n", r"cannot be read", "prs"),
     ("not.json.zst", b"{}", r"cannot be read", "prs"),
     ("not.parquet", b"text\na\n", r"cannot be read", "prs"),
-    ("quote.csv", b'text,label,prompt,completion\nfine,1,a,b\n"a"b,1,a,b\n', r"line 3, cannot be read.*doubled", "prs"),
+    ("quote.csv", b'text,label,prompt,completion\nfine,1,a,b\n"a"b,1,a,b\n', r"line 3, cannot be read.*Double the", "prs"),
     ("open.csv", b'text,label,prompt,completion\n"never closed,1,a,b\n', r"line 2, cannot be read", "prs"),
     ("ragged.csv", b"text,label,prompt,completion\nfine,1,a,b\na, b,1,a,b\n", r"line 3, has 5 fields", "prs"),
     ("short.csv", b"text,label,prompt,completion\nfine,1,a,b\nfine,1\n", r"line 3, has 2 fields", "prs"),
     ("twice.csv", b"text,text,label,prompt,prompt\nfine,1,a,b,c\n", r"two columns 'text'", "prs"),
     ("column.jsonl", lines({"body": "a"}), r"no column 'text'.*'body'", "pr"),
     ("column.parquet", parquet([{"body": "a"}]), r"no column 'text'.*'body'", "pr"),
-    ("surrogate.jsonl", lines(GOOD_ROW, bad(text="\ud83d", prompt="\ud83d")), r"line 2.*(text|prompt).*half of a character", "prs"),
-    ("number.jsonl", lines(GOOD_ROW, bad(text=3)), r"line 2: column 'text' holds int, not text: 3", "pr"),
+    ("surrogate.jsonl", lines(GOOD_ROW, bad(text="\ud83d", prompt="\ud83d")), r"line 2.*(text|prompt).*unpaired surrogate", "prs"),
+    ("number.jsonl", lines(GOOD_ROW, bad(text=3)), r"line 2: column 'text' contains int, not text: 3", "pr"),
     ("bool.jsonl", lines(GOOD_ROW, bad(text=True, prompt=True)), r"line 2.*(text|prompt).*bool", "prs"),
     ("parts.jsonl", lines(bad(text=["a", "b"], prompt=[1])), r"line 1.*(text|prompt).*", "prs"),
     ("object.json", array(GOOD_ROW, bad(text={"a": 1}, prompt={"a": 1})), r"row 2.*(text|prompt).*dict", "prs"),
-    ("number.parquet", parquet([{"text": 3, "label": 1}]), r"row 1: column 'text' holds int", "pr"),
+    ("number.parquet", parquet([{"text": 3, "label": 1}]), r"row 1: column 'text' contains int", "pr"),
     ("late.jsonl", lines(*[GOOD_ROW] * 18_000) + b"{\n", r"line 18001, cannot be read", "prs"),
     ("label.csv", b"text,label\na,0\nb,1\nc,2\n", r"line 4: label '2' is neither.*label_map 2=negative", "r"),
     ("label.jsonl", lines(bad(label=0), bad(label=[1])), r"line 2: label '\[1\]' is neither", "r"),
@@ -296,7 +296,9 @@ def test_a_text_full_of_markers_is_refused_with_the_flag(tmp_path, marker):
     path = tmp_path / "a.txt"
     path.write_text(f"one\r\n{marker}\r\ntwo\r\n{marker}\r\n", newline="")
     for load in (load_documents, stream_documents):
-        with pytest.raises(ValueError, match=rf"a\.txt has 2 lines .*--document_separator '{re.escape(marker)}'"):
+        with pytest.raises(
+            ValueError, match=rf"a\.txt has 2 separator lines .*--document_separator '{re.escape(marker)}'"
+        ):
             load(tmp_path)
     assert list(load_documents(path, document_separator=marker)) == ["one", "two"]
     assert list(load_documents(path, document_separator="")) == [f"one\n{marker}\ntwo\n{marker}\n"]
@@ -306,10 +308,10 @@ def test_a_text_full_of_markers_is_refused_with_the_flag(tmp_path, marker):
 
 def test_a_separator_without_use_is_said(tmp_path):
     (tmp_path / "a.txt").write_text("one text")
-    with pytest.warns(UserWarning, match=r"a\.txt does not hold document_separator='---'"):
+    with pytest.warns(UserWarning, match=r"a\.txt does not contain document_separator='---'"):
         assert list(load_documents(tmp_path, document_separator="---")) == ["one text"]
     for source, options in ((tmp_path, {"join_sentences": True}), (None, {})):
-        with pytest.raises(ValueError, match="document_separator='---' has no use"):
+        with pytest.raises(ValueError, match="document_separator='---' has no effect"):
             load_documents(source, document_separator="---", **options)
 
 

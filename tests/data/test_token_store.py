@@ -91,7 +91,7 @@ PIECE_TEXTS = st.text(max_size=80) | st.text(
 def test_cutting_a_document_does_not_change_its_ids(text, length, tokenizer, gpt2):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_store, "PIECE_LENGTH", length)
-        pieces = list(token_store._cut_before_spaces(text))
+        pieces = list(token_store._cut_into_pieces(text))
     assert "".join(pieces) == text
     for each in (tokenizer, gpt2):
         assert [*itertools.chain(*(ids_of(each, piece) for piece in pieces))] == ids_of(each, text)
@@ -190,7 +190,7 @@ def split_of(texts, fraction, seed, **options):
 def parts_of(documents, fraction, seed):
     """The texts of both parts, as `prepare_corpus` tokenizes them."""
     parts = [[], []]
-    for text, part in token_store._parts(documents, token_store._split(documents, fraction, seed)):
+    for text, part in token_store._texts_with_parts(documents, token_store._split(documents, fraction, seed)):
         parts[part].append("".join(text))
     return parts
 
@@ -230,8 +230,8 @@ class TestUnequalDocuments:
     def test_the_warning_says_what_was_asked_and_what_is(self, tokenizer, tmp_path):
         documents = documents_of(["ten letters", "as many now", "and a third"])
         message = (
-            r"validation_fraction=0\.1 asks for 3 of the 33 bytes of corpus corpus, and 11 \(33\.3%\) are held out"
-            ".*Give more text"
+            r"validation_fraction=0\.1 requests 3 of the 33 bytes of corpus corpus, but 11 \(33\.3%\) are held out"
+            ".*Provide more text"
         )
         for _ in range(2):
             # found in the cache it is no better
@@ -281,7 +281,7 @@ class TestUnequalDocuments:
 
 
 def test_corpus_without_text(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="corpus nothing has no text: 2 documents, all empty"):
+    with pytest.raises(ValueError, match="corpus nothing has no text: all of its 2 documents are empty"):
         prepare_corpus(documents_of(["", "\n"], name="nothing"), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -355,18 +355,18 @@ class TestCache:
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(ValueError, match=rf"{name} has {size or 0} bytes instead of \d+; delete .* to tokenize"):
+        with pytest.raises(ValueError, match=rf"{name} has {size or 0} bytes instead of \d+\. Delete .* to tokenize"):
             prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path)
 
     def test_folder_without_store(self, tmp_path):
-        with pytest.raises(ValueError, match="is no token store"):
+        with pytest.raises(ValueError, match="is not a token store"):
             TokenStore.open(tmp_path)
 
     def test_store_of_another_format(self, tokenizer, tmp_path):
         folder = prepare_corpus(documents_of(TEXTS), tokenizer, tmp_path).train.folder
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-        with pytest.raises(ValueError, match="of format 99, this code reads 1"):
+        with pytest.raises(ValueError, match="of format 99, and this code reads format 1"):
             TokenStore.open(folder)
 
 
