@@ -96,7 +96,7 @@ def test_data_loader_and_collator_keep_every_row(view, store):
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_windows_as_far_apart_as_they_are_long_predict_every_token_once(lengths, context_length):
     def check(store):
         if store.num_tokens <= context_length:
@@ -116,7 +116,7 @@ def test_windows_as_far_apart_as_they_are_long_predict_every_token_once(lengths,
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_shuffled_document_rows_have_each_document_once(lengths, context_length, seed, epoch):
     def check(store):
         if store.num_tokens <= context_length:
@@ -145,7 +145,7 @@ def test_shuffled_document_rows_have_each_document_once(lengths, context_length,
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_aligned_document_rows_begin_with_a_document(lengths, context_length, seed, epoch):
     def check(store):
         if store.num_tokens <= context_length:
@@ -176,7 +176,7 @@ def test_aligned_document_rows_begin_with_a_document(lengths, context_length, se
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_bare_rows_are_shifted_by_one_token(lengths, context_length, seed):
     def check(store):
         if store.num_tokens <= context_length:
@@ -244,7 +244,7 @@ def test_shuffle_depends_only_on_seed_and_epoch(view, tmp_path):
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_document_rows_pack_whole_documents_greedily(lengths, context_length):
     def check(store):
         tokens, offsets = store.tokens.tolist(), store.offsets.tolist()
