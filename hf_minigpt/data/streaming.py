@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from ..atomic import atomic_folder
 from ..tokenization import num_ids, tokenizer_fingerprint
 from .corpora import Documents, ShardedDocuments, json_digest
-from .rows import Row, RowBatch
+from .rows import Row, RowBatch, seeded_generator
 from .token_store import TokenStore, TokenStoreWriter, tokenize, warn_of_share
 
 
@@ -57,7 +57,7 @@ class Position:
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
-    """Return whether a document is held out. It depends only on the text, so no copy of it is used for training."""
+    """Return whether a document is held out. It depends only on its text and the seed, so copies are held out too."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
@@ -197,7 +197,7 @@ class StreamedRows(Dataset):
         return Path(folder, f"stream_{self.process_index}.json")
 
     def _shards(self, epoch: int) -> list[int]:
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.documents.num_shards)
+        order = seeded_generator(self.seed, epoch).permutation(self.documents.num_shards)
         is_split = self.documents.num_shards >= self.num_processes
         return (order[self.process_index :: self.num_processes] if is_split else order).tolist()
 
