@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("drawing ladder.png"):
             plot_rungs(held_out, training, folder / "ladder.png", floor)
         print(f"{folder} holds a model a rung{written(folder, 'all_results.json', 'ladder.png')}. Next:")
-        print(f"  python recipes/demo.py {folder / name}")
+        print(f"  python recipes/pictures.py {folder / name}")
     with optional("pushing to the Hub"):
         push_run(args)
     return metrics

@@ -534,8 +534,8 @@ def check_unicode(text: str, name: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} has an unpaired surrogate, {text[error.start]!r}, at character {error.start}, in "
-            f"{short(text[max(error.start - 20, 0) : error.start + 20])}. Replace or remove it."
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a character (an unpaired "
+            f"surrogate), in {short(text[max(error.start - 20, 0) : error.start + 20])}. Replace or remove it."
         ) from error
     return text
 

@@ -308,7 +308,7 @@ def test_shapes_of_records_that_are_read(record, expected):
         ({"prompt": QA[:1], "completion": [{"role": "robot", "content": "a"}]}, r"completion\[0\]\.role is 'robot'"),
         ({None: ["x"], "text": "a"}, r"fields \['None', 'text'\]"),
         (["q", "a"], "a record is .*object"),
-        ({"instruction": "q", "output": "cut \ud83d"}, r"output has an unpaired surrogate, '\\ud83d', at character 4"),
+        ({"instruction": "q", "output": "cut \ud83d"}, r"output has '\\ud83d' at character 4, half of a character"),
         ({"prompt": "\udc00", "completion": "a"}, "prompt has"),
         ({"messages": ask(content="\ud83d")}, r"messages\[1\]\.content has"),
         ({"messages": QA, "system": "\ud83d"}, "system has"),
