@@ -1,7 +1,7 @@
-"""Files and folders in places that several processes and people share: whole or not there, and readable by others.
+"""Write files and folders atomically, with the permissions that the umask gives new files.
 
-Python's `tempfile`, and some libraries that write by its means (safetensors among them), make files and folders that
-only their owner can read. In a shared cache, others would then find them and fail.
+Python's `tempfile`, and libraries that write through it such as safetensors, create files that only their owner can
+read. Other users of a shared cache would then fail to read them.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def made_at_once(folder: str | Path) -> Iterator[Path]:
-    """Write a folder's files into the folder that this gives: others see all of them, or no folder.
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` on success, so that others see all of its files or no folder.
 
-    The folder and everything in it get the permissions of new files, which the umask decides. If another process made
-    the folder in the meantime, its folder stays.
+    The folder and its content get the permissions of new files. If another process has created the folder in the
+    meantime, that one is kept.
     """
     folder = Path(folder)
-    work = _beside(folder)
+    work = _temporary_sibling(folder)
     work.mkdir(parents=True)
     try:
         yield work
@@ -28,7 +28,7 @@ def made_at_once(folder: str | Path) -> Iterator[Path]:
         try:
             os.replace(work, folder)
         except OSError:
-            # another process was first, and did the same work
+            # another process was first and did the same work
             if not folder.is_dir():
                 raise
     finally:
@@ -36,13 +36,13 @@ def made_at_once(folder: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def written_at_once(path: str | Path) -> Iterator[Path]:
-    """Write a file under the path that this gives: others see the whole file under `path`, or what was there before.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` on success, so that others see the whole new file or the old one.
 
-    The file gets the permissions of new files, which the umask decides.
+    The file gets the permissions of new files.
     """
     path = Path(path)
-    work = _beside(path)
+    work = _temporary_sibling(path)
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield work
@@ -52,16 +52,17 @@ def written_at_once(path: str | Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
-    # in the same folder, since a rename is atomic only on one file system; the suffix may decide how a file is written
+def _temporary_sibling(path: Path) -> Path:
+    # in the same folder, since a rename is atomic only within a file system; with the same suffix, which some writers
+    # use to choose the format
     return path.with_name(f".{uuid.uuid4().hex}-{path.name}")
 
 
 def follow_umask(path: str | Path) -> None:
-    """Give a file, or a folder and all that is in it, the permissions of new files; what may be run stays so."""
+    """Give a file, or a folder and its content, the permissions of new files. Executable files stay executable."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    # a new folder shows the umask: to ask for it is to change it, for all threads
+    # a new folder shows the umask: os.umask can only read it by changing it for all threads
     probe = folder / f".umask-{uuid.uuid4().hex}"
     probe.mkdir()
     try:
@@ -72,8 +73,8 @@ def follow_umask(path: str | Path) -> None:
         if each.is_symlink():
             continue
         current = each.stat().st_mode & 0o7777
-        wanted = current | (mode if each.is_dir() or current & 0o100 else mode & 0o666)
-        # another user's file, in a folder of several, cannot be changed and need not be
-        if wanted != current:
+        new = current | (mode if each.is_dir() or current & 0o100 else mode & 0o666)
+        # files of other users in a shared folder cannot be changed
+        if new != current:
             with contextlib.suppress(PermissionError):
-                each.chmod(wanted)
+                each.chmod(new)

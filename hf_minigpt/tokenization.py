@@ -1,9 +1,8 @@
-"""Tokenizers: train one (byte-level BPE, words or characters), load one, and tell whether it fits a model.
+"""Train, load and check tokenizers: byte-level BPE or characters, with chat templates.
 
-`<|endoftext|>` begins, ends and separates documents, as in GPT-2. A trained tokenizer puts it in front of a text by
-itself (a post-processor in tokenizer.json), so that every program that tokenizes a prompt gives the model what it was
-trained on. `<|pad|>` is a token of its own, because a padding token that equals the end token teaches a model never to
-stop.
+`<|endoftext|>` begins, ends and separates documents, as in GPT-2. A trained tokenizer adds it in front of each text (a
+post-processor in tokenizer.json), so prompts look like the training data in every program. `<|pad|>` is a separate
+token, because a padding token equal to the end token teaches a model never to stop.
 """
 
 import hashlib
@@ -13,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 
 if TYPE_CHECKING:
@@ -28,35 +26,28 @@ PAD = "<|pad|>"
 UNKNOWN = "<|unk|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# GPT-2's vocabulary and merges: as transformers names the files, and as OpenAI released them
+# The files of GPT-2's vocabulary and merges, named as in transformers and as in OpenAI's release.
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_MAX_LENGTH = 1024
 
-# Where Raschka's first tokenizers split (Build a Large Language Model From Scratch, chapter 2). Python's \s also has
-# the four separators of ASCII.
-WORD_BORDERS = r"[\s\x1c-\x1f]"
-PUNCTUATION = r"--|[,.:;?_!\"()']"
-# The signs that lose the space before them in decoding: in the tokenizer without an unknown token, and with one
-REJOINED = {False: ",.?!\"()'", True: ",.:;?!\"()'"}
-
-# A document: its text, or the pieces that this is made of.
+# A document, as one string or as the pieces of its text.
 Text = str | Iterable[str]
 
-# Characters of a piece that a long document is handed on in: memory stays bounded however long a book is.
+# Long documents are processed in pieces of about this many characters, to bound memory.
 PIECE_LENGTH = 1 << 16
-# Python's \s holds a few control characters more than the tokenizers': both agree on the two sides of this
+# Python's \s matches a few more control characters than the tokenizers' does. Both agree on these two sides.
 _CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 
 
 def cut_before_spaces(text: Text, length: int) -> Iterator[str]:
-    """Cut a long text where GPT-2's pre-tokenization separates words anyway (`splits_before_spaces`).
+    """Cut a long text where GPT-2's pre-tokenization separates words (see `splits_before_spaces`).
 
     Args:
-        text: whole or in pieces, cut anywhere.
-        length: of the pieces, about, in characters; a text without spaces stays whole.
+        text: a string, or pieces of it that may be cut anywhere.
+        length: approximate length of the new pieces, in characters. A text without spaces stays whole.
 
-    Returns:
-        One piece or more.
+    Yields:
+        At least one piece.
     """
     rest, searched = "", 0
     for part in (text,) if isinstance(text, str) else text:
@@ -71,9 +62,9 @@ def cut_before_spaces(text: Text, length: int) -> Iterator[str]:
     yield rest
 
 
-def _pieces(texts: Iterable[Text]) -> Iterator[str]:
-    """All the text of a corpus in pieces. Pre-tokenization takes some 85 times the memory of what it is given."""
-    # `Documents` read a long file piece by piece, if asked
+def text_pieces(texts: Iterable[Text]) -> Iterator[str]:
+    """Return all text of a corpus in pieces, since pre-tokenization needs about 85 times the memory of its input."""
+    # `Documents` can read a long file piece by piece
     documents = getattr(texts, "in_pieces", texts.__iter__)()
     return (piece for text in documents for piece in cut_before_spaces(text, PIECE_LENGTH))
 
@@ -86,23 +77,24 @@ def train_tokenizer(
     min_frequency: int = 2,
     show_progress: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with GPT-2's pre-tokenization: every string encodes, and decodes to itself.
+    """Train a byte-level BPE with GPT-2's pre-tokenization, which encodes and decodes any string without loss.
 
     Args:
-        texts: documents, each whole or in pieces; read once, only word counts are kept in memory.
-        vocab_size: entries, special tokens included. A text too small to yield that many merges gives a smaller
-            tokenizer: size the model's table with `padded_vocab_size`.
-        model_max_length: the model's context, in tokens.
-        min_frequency: a pair seen less often is not merged.
+        texts: documents, whole or in pieces, read once. Only word counts are kept in memory.
+        vocab_size: number of tokens, including the special ones. Too small a corpus gives fewer, so use
+            `padded_vocab_size` for the model's embedding size.
+        model_max_length: context length of the model, in tokens.
+        min_frequency: minimum count of a pair to be merged.
+        show_progress: whether to show a progress bar.
 
     Raises:
-        ValueError: `vocab_size` is not a multiple of 64 or has no room for the 256 bytes and the special tokens.
+        ValueError: `vocab_size` is not a multiple of 64, or is too small for the 256 bytes and the special tokens.
     """
     smallest = 320
     if vocab_size % 64 != 0 or vocab_size < smallest:
         raise ValueError(
-            f"vocab_size={vocab_size} must be a multiple of 64, which matrix products on a GPU want, and at least "
-            f"{smallest}, to hold the 256 bytes and the special tokens"
+            f"vocab_size={vocab_size} must be a multiple of 64, for fast matrix products on GPUs, and at least "
+            f"{smallest}, to include the 256 bytes and the special tokens."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,113 +106,40 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(_pieces(texts), trainer)
+    tokenizer.train_from_iterator(text_pieces(texts), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
+    return begin_with_end_of_text(apply_conventions(fast, model_max_length))
 
 
 def train_character_tokenizer(texts: Iterable[Text], *, model_max_length: int) -> PreTrainedTokenizerFast:
-    """One token for each character (Unicode code point) of `texts`, in their order, after the special tokens.
+    """Make a tokenizer with one token per character (Unicode code point) of `texts`.
 
-    Text of these characters decodes to itself. Any other character is `<|unk|>`, so that a prompt is never refused.
+    The special tokens come first, then the characters in sorted order. Other characters become `<|unk|>`.
 
     Args:
-        texts: documents; read once.
-        model_max_length: the model's context, in characters.
+        texts: documents, read once.
+        model_max_length: context length of the model, in characters.
     """
     alphabet: set[str] = set()
-    for piece in _pieces(texts):
+    for piece in text_pieces(texts):
         alphabet.update(piece)
     vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, UNKNOWN, *sorted(alphabet)])}
-    # a BPE without merges: its tokens stay single characters
+    # a BPE without merges keeps single characters as tokens
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, fuse_unk=False))
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=UNKNOWN, pad_token=PAD
     )
-    return begin_with_end_of_text(_with_our_conventions(fast, model_max_length))
-
-
-def train_word_tokenizer(
-    texts: Iterable[Text], *, model_max_length: int, unknown_token: bool = True
-) -> PreTrainedTokenizerFast:
-    """The word-level tokenizers of Raschka's *Build a Large Language Model (From Scratch)*, chapter 2, with his ids.
-
-    Text is split at white space and around ``, . : ; ? _ ! " ( ) '`` and `--`. The ids are the words of `texts` in
-    sorted order, then `<|endoftext|>`, `<|unk|>` and `<|pad|>`. Decoding joins by spaces and takes away the one before
-    a punctuation mark. A text's own `<|endoftext|>` between spaces is that token, as it is there, also in a corpus. As
-    in the book, no token is put in front of a text.
-
-    Args:
-        texts: documents; read once.
-        model_max_length: the model's context, in words.
-        unknown_token: True for `SimpleTokenizerV2`: other words are `<|unk|>`, and `:` and `;` are rejoined too. False
-            for `SimpleTokenizerV1`: another word is a ValueError that names it.
-    """
-    tokenizer = Tokenizer(models.WordLevel(vocab={}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_BORDERS), "removed"),
-            pre_tokenizers.Split(Regex(PUNCTUATION), "isolated"),
-        ]
-    )
-    words: set[str] = set()
-    for piece in _pieces(texts):
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(piece))
-    special = [END_OF_TEXT, UNKNOWN] if unknown_token else [END_OF_TEXT]
-    tokens = [*sorted(words - {END_OF_TEXT, UNKNOWN, PAD}), *special]
-    tokenizer.model = models.WordLevel(vocab={token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            # a space before every token that does not begin with one, and none does
-            decoders.WordPiece(prefix=" ", cleanup=False),
-            decoders.Fuse(),
-            decoders.Replace(Regex(f" (?=[{REJOINED[unknown_token]}])"), ""),
-        ]
-    )
-    tokenizer_class = PreTrainedTokenizerFast if unknown_token else StrictWordTokenizer
-    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PAD}
-    if unknown_token:
-        names["unk_token"] = UNKNOWN
-    return _with_our_conventions(tokenizer_class(tokenizer_object=tokenizer, **names), model_max_length)
-
-
-class StrictWordTokenizer(PreTrainedTokenizerFast):
-    """A word-level tokenizer without an unknown token, whose error names the words that it does not know."""
-
-    def _encode_plus(self, text, *args, **kwargs):
-        try:
-            return super()._encode_plus(text, *args, **kwargs)
-        except Exception as error:
-            # the tokenizers library raises no narrower class
-            if "Missing [UNK] token" not in str(error):
-                raise
-            raise ValueError(
-                f"the tokenizer has no token for {', '.join(map(repr, self._unknown_words(text)))}, and no unknown "
-                "token: leave these words out, or use a tokenizer with unknown_token=True"
-            ) from error
-
-    def _unknown_words(self, text: Any) -> list[str]:
-        if not isinstance(text, str):
-            return list(dict.fromkeys(word for part in text for word in self._unknown_words(part)))
-        for token in self.all_special_tokens:
-            text = text.replace(token, " ")
-        vocabulary = self.get_vocab()
-        words = self.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-        return list(dict.fromkeys(word for word, _ in words if word not in vocabulary))
-
-
-# By this name AutoTokenizer finds the class of a saved tokenizer.
-REGISTERED_TOKENIZER_CLASSES[StrictWordTokenizer.__name__] = StrictWordTokenizer
+    return begin_with_end_of_text(apply_conventions(fast, model_max_length))
 
 
 def _quoted(tokens: Iterable[str]) -> str:
-    """Jinja filters that break up special tokens which a message quotes: `<|user|>` becomes `< |user|>`."""
+    """Return Jinja filters that break up special tokens in a message: `<|user|>` becomes `< |user|>`."""
     return "".join(f" | replace('{token}', '{token[0]} {token[1:]}')" for token in tokens)
 
 
-# Jinja, in one line each: a message's text, from a string or from the text parts of a list; and an assistant's turn,
-# whose end token is generated, hence trained, and stops generation.
+# Jinja. `_TEXT` sets the text of a message, given as a string or as a list of text parts. `_ANSWER` writes an
+# assistant's turn: its end token is marked as generated, so it is trained and stops generation.
 _TEXT = (
     "{%- set parts = message['content'] if message['content'] is not string else [{'text': message['content']}] -%}"
     "{%- set text = parts | map(attribute='text') | join('') | trim | replace(eos_token, ' ')__QUOTED__ -%}"
@@ -228,7 +147,7 @@ _TEXT = (
 _ANSWER = "{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}"
 _WRONG_ROLE = "{{- raise_exception('the chat template has no role ' + message['role']) -}}"
 
-# A conversation begins like a document, with the end-of-text token.
+# A conversation begins with the end-of-text token, like a document.
 CHAT_TEMPLATES = {
     "roles": (
         "{{- eos_token -}}"
@@ -243,7 +162,7 @@ CHAT_TEMPLATES = {
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
     ),
-    # Stanford Alpaca's two headers; a system message takes their place
+    # Stanford Alpaca's two headers, which a system message replaces
     "alpaca": (
         "{{- eos_token -}}"
         "{%- set ns = namespace(header=true) -%}"
@@ -275,17 +194,21 @@ GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | None = None) -> int:
-    """Give a tokenizer a chat template that marks what the assistant says; its turns end with the end-of-text token.
+    """Set a chat template that marks the assistant's turns and ends them with the end-of-text token.
 
-    `roles` begins a turn with `<|system|>`, `<|user|>` or `<|assistant|>`, tokens of their own. `alpaca` writes
-    Stanford Alpaca's headers, with no new token. Neither lets a message act by quoting a special token.
+    `roles` begins a turn with one of the special tokens `<|system|>`, `<|user|>` and `<|assistant|>`. `alpaca` writes
+    Stanford Alpaca's headers without new tokens. Both break up special tokens that a message contains.
 
     Args:
-        chat_format: a key of `CHAT_TEMPLATES`; None keeps the tokenizer's own template if it has one with
-            `{% generation %}` marks, else takes `roles`.
+        tokenizer: changed in place.
+        chat_format: key of `CHAT_TEMPLATES`. None keeps the tokenizer's template if it has `{% generation %}` marks,
+            and selects `roles` otherwise.
 
     Returns:
-        The number of tokens that are new: the model's table has to grow by them.
+        The number of new tokens, by which the model's embeddings have to grow.
+
+    Raises:
+        ValueError: unknown `chat_format`.
     """
     if chat_format is None:
         if GENERATION_MARK.search(tokenizer.chat_template or ""):
@@ -302,9 +225,9 @@ def add_chat_template(tokenizer: PreTrainedTokenizerFast, chat_format: str | Non
 
 
 def _add_special_tokens(tokenizer: Any, tokens: dict[str, Any], **options: Any) -> None:
-    """`tokenizer.add_special_tokens`, but never with an id that another token has.
+    """Call `tokenizer.add_special_tokens` without reusing the id of another token.
 
-    The tokenizers library gives a new token the number of tokens as its id, which is taken where there are holes.
+    The tokenizers library uses the number of tokens as a new token's id, which may be taken if the ids have gaps.
     """
     vocabulary = tokenizer.get_vocab()
     names = [name for value in tokens.values() for name in ([value] if isinstance(value, str) else value)]
@@ -312,16 +235,16 @@ def _add_special_tokens(tokenizer: Any, tokens: dict[str, Any], **options: Any) 
     if new and len(set(vocabulary.values())) < num_ids(tokenizer):
         backend = tokenizer.backend_tokenizer
         description = json.loads(backend.to_str())
-        # a token that the model itself has keeps the id that it has there
+        # tokens in the backend's model keep their ids there
         description["model"]["vocab"] |= {name: i for i, name in enumerate(new, num_ids(tokenizer))}
         backend.model = Tokenizer.from_str(json.dumps(description)).model
     tokenizer.add_special_tokens(tokens, **options)
 
 
 def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Make a tokenizer put its end-of-text token in front of every text, once before a pair of texts.
+    """Make a tokenizer add its end-of-text token in front of every text, once for a pair of texts.
 
-    `add_special_tokens=False` leaves it out, as chat templates need: they write it themselves.
+    `add_special_tokens=False` omits it, as for chat templates, which write it themselves.
     """
     token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -331,21 +254,20 @@ def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text to write on from, with exactly one beginning-of-text token in front.
+    """Return the ids of a prompt, with exactly one beginning-of-text token in front.
 
-    A tokenizer that puts none there (GPT-2's, or one that this package saved before its tokenizers did) gets its
-    end-of-text token, which separates documents in training.
+    If the tokenizer has no such token, its end-of-text token, which separates documents in training, is used.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return ids if ids[:1] == [begin] else [begin, *ids]
 
 
-def _with_our_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
-    """What every tokenizer of this package has, trained or loaded: the one place for it."""
+def apply_conventions(tokenizer: Any, model_max_length: int | None) -> PreTrainedTokenizerFast:
+    """Set what every tokenizer of this package has: a padding token of its own, and decoding that keeps spaces."""
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _add_special_tokens(tokenizer, {"pad_token": PAD})
-    # transformers 4 turns it on where the saved file says nothing: decoding then eats spaces before punctuation
+    # if unset in the saved file, transformers 4 enables it, and decoding then removes spaces before punctuation
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
     if model_max_length is not None:
@@ -360,14 +282,15 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     add_end_of_text: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from the Hub or a folder and give it a padding token of its own where it has none.
+    """Load a tokenizer from the Hub or a folder, and add a padding token if it has none of its own.
 
     Args:
-        name_or_path: a name on the Hub, a folder with a saved tokenizer, or a folder with only GPT-2's `vocab.json`
-            and `merges.txt` (`encoder.json` and `vocab.bpe` in OpenAI's release).
-        model_max_length: the model's context in tokens; None keeps what was saved.
-        add_end_of_text: give a tokenizer without an end-of-text token (GPT-1's) `<|endoftext|>`, for a model that is
-            to be finetuned: the id is new to it.
+        name_or_path: name on the Hub, folder of a saved tokenizer, or folder with only GPT-2's `vocab.json` and
+            `merges.txt` (`encoder.json` and `vocab.bpe` in OpenAI's release).
+        model_max_length: context length of the model, in tokens. None keeps the saved value.
+        trust_remote_code: whether to run code that comes with the tokenizer.
+        add_end_of_text: whether to add `<|endoftext|>` to a tokenizer without an end-of-text token, such as GPT-1's.
+            The token is new to the model, which has to be finetuned.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token or no fast implementation.
@@ -383,67 +306,66 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer {name_or_path} has no fast implementation; convert it to a tokenizer.json of the tokenizers "
-            "library first"
+            f"tokenizer {name_or_path} has no fast implementation. Convert it to a tokenizer.json of the tokenizers "
+            "library."
         )
     if tokenizer.eos_token is None and add_end_of_text:
         _add_special_tokens(tokenizer, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     if tokenizer.eos_token is None:
         raise ValueError(
-            f"tokenizer {name_or_path} has no eos_token, which separates documents; set one and save it again"
+            f"tokenizer {name_or_path} has no eos_token, which separates documents. Set one and save it again."
         )
-    return _with_our_conventions(tokenizer, model_max_length)
+    return apply_conventions(tokenizer, model_max_length)
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id + 1: what a model's token table needs.
+    """Return the largest id + 1, the minimum size of a model's embedding table.
 
-    `len(tokenizer)` counts tokens, which are fewer where ids are reserved or left out.
+    `len(tokenizer)`, the number of tokens, is less if the ids have gaps.
     """
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerBase, multiple: int = 64) -> int:
-    """The rows of a model's token table for this tokenizer: `num_ids` rounded up to a multiple."""
+    """Return the size of a model's embedding table for this tokenizer: `num_ids` rounded up to a multiple."""
     return -(-num_ids(tokenizer) // multiple) * multiple
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerFast, config: "MiniGPTConfig") -> None:
-    """Refuse a tokenizer whose ids do not mean to the model what they meant in its training.
+    """Check that a tokenizer is the one that a model was trained with, as far as the config shows.
 
     Raises:
-        ValueError: an id outside the model's table, another number of real ids, or other special tokens.
+        ValueError: an id is outside the model's embedding table, or the number of ids or the special tokens differ.
     """
     ids = num_ids(tokenizer)
     if ids > config.vocab_size:
         raise ValueError(
-            f"the tokenizer's ids reach {ids - 1}, the model's vocab_size is {config.vocab_size}; load the "
+            f"the tokenizer's largest id is {ids - 1}, and the model's vocab_size is {config.vocab_size}. Load the "
             "tokenizer saved with the model, or call "
-            f"model.resize_token_embeddings({padded_vocab_size(tokenizer)})"
+            f"model.resize_token_embeddings({padded_vocab_size(tokenizer)})."
         )
     real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
     if real_ids != ids:
-        reach = "" if len(tokenizer) == ids else f" with ids up to {ids - 1}"
+        largest = "" if len(tokenizer) == ids else f" with ids up to {ids - 1}"
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens{reach}, the model was made for {real_ids} "
-            f"(unpadded_vocab_size of {config.vocab_size}); load the tokenizer saved with the model, or set "
-            f"config.unpadded_vocab_size={ids} before training"
+            f"the tokenizer has {len(tokenizer)} tokens{largest}, the model was made for {real_ids} "
+            f"(unpadded_vocab_size of {config.vocab_size}). Load the tokenizer saved with the model, or set "
+            f"config.unpadded_vocab_size={ids} before training."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         in_config, in_tokenizer = getattr(config, name), getattr(tokenizer, name)
-        # generation may stop at several tokens
+        # generation may have several end tokens
         if in_tokenizer not in (in_config if isinstance(in_config, list) else [in_config]):
             raise ValueError(
-                f"{name} is {in_config} in the model's config and {in_tokenizer} in the tokenizer; set "
-                f"config.{name}={in_tokenizer}, or load the tokenizer saved with the model"
+                f"{name} is {in_config} in the model's config and {in_tokenizer} in the tokenizer. Set "
+                f"config.{name}={in_tokenizer}, or load the tokenizer saved with the model."
             )
 
 
 def plain_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the tokenizer's backend that takes every text for plain text.
+    """Return a copy of the tokenizer's backend that encodes special tokens in a text as plain text.
 
-    A document that quotes `<|endoftext|>` gets the ids of those characters, not the special token, and no token is put
-    in front of it. The copy neither truncates nor pads, whatever earlier calls of `tokenizer` left switched on.
+    It adds no token in front of a text, and neither truncates nor pads, whatever earlier calls of `tokenizer` set.
     """
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.encode_special_tokens = True
@@ -454,10 +376,10 @@ def plain_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def splits_before_spaces(encoder: Tokenizer) -> bool:
-    """Whether text may be cut before a space that follows a non-space without changing a single id.
+    """Return whether cutting a text before a space that follows a non-space leaves all ids unchanged.
 
-    True of GPT-2's pre-tokenization: its pattern never joins a non-space with a space after it, and looks no further
-    ahead than the next non-space.
+    This holds for GPT-2's pre-tokenization: its pattern never joins a non-space with the space after it, and looks
+    ahead only to the next non-space.
     """
     description = json.loads(encoder.to_str())
     pre_tokenizer = description["pre_tokenizer"] or {}
@@ -471,6 +393,6 @@ def splits_before_spaces(encoder: Tokenizer) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A digest that changes when the ids of some text, or the end-of-text id, change."""
+    """Return a digest that changes if the ids of some text or the end-of-text id change."""
     content = plain_text_encoder(tokenizer).to_str() + str(tokenizer.eos_token_id)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_minigpt.atomic import follow_umask, made_at_once, written_at_once
+from hf_minigpt.atomic import atomic_file, atomic_folder, follow_umask
 from hf_minigpt.classification.data import write_texts
 from hf_minigpt.data.corpora import load_documents, stream_documents
 from hf_minigpt.data.streaming import prepare_stream
@@ -32,15 +32,15 @@ def assert_modes_of_new_files(path, mask):
 
 
 def private_file(folder):
-    """What a library does that writes by way of `tempfile`."""
+    """Create a file as libraries do that write through `tempfile`."""
     descriptor, name = tempfile.mkstemp(dir=folder)
     os.close(descriptor)
     return Path(name)
 
 
 @pytest.mark.parametrize("mask", UMASKS)
-def test_a_folder_and_its_files_get_the_permissions_of_new_ones(mask, tmp_path):
-    with umask(mask), made_at_once(tmp_path / "cache" / "store") as work:
+def test_folder_gets_the_permissions_of_new_files(mask, tmp_path):
+    with umask(mask), atomic_folder(tmp_path / "cache" / "store") as work:
         private_file(work)
         private_file(tempfile.mkdtemp(dir=work))
         assert not (tmp_path / "cache" / "store").exists()
@@ -49,11 +49,11 @@ def test_a_folder_and_its_files_get_the_permissions_of_new_ones(mask, tmp_path):
 
 
 @pytest.mark.parametrize("mask", UMASKS)
-def test_a_file_gets_the_permissions_of_new_ones_and_is_replaced_whole(mask, tmp_path):
+def test_file_gets_the_permissions_of_new_files_and_is_replaced_atomically(mask, tmp_path):
     path = tmp_path / "figures.jsonl"
     for text in ("old", "new"):
         before = path.read_text() if path.exists() else None
-        with umask(mask), written_at_once(path) as work:
+        with umask(mask), atomic_file(path) as work:
             assert work.suffix == path.suffix
             private_file(tmp_path).replace(work)
             work.write_text(text)
@@ -63,29 +63,29 @@ def test_a_file_gets_the_permissions_of_new_ones_and_is_replaced_whole(mask, tmp
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_fails_leaves_what_was_there(tmp_path):
+def test_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="disk on fire"), written_at_once(path) as work:
+    with pytest.raises(OSError, match="disk on fire"), atomic_file(path) as work:
         work.write_text("half")
         raise OSError("disk on fire")
-    with pytest.raises(OSError, match="disk on fire"), made_at_once(tmp_path / "folder") as work:
+    with pytest.raises(OSError, match="disk on fire"), atomic_folder(tmp_path / "folder") as work:
         (work / "half").write_text("half")
         raise OSError("disk on fire")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "old"
 
 
-def test_the_first_of_two_makers_wins(tmp_path):
-    with made_at_once(tmp_path / "store") as second:
+def test_folder_of_the_first_of_two_writers_is_kept(tmp_path):
+    with atomic_folder(tmp_path / "store") as second:
         (second / "by").write_text("second")
-        with made_at_once(tmp_path / "store") as first:
+        with atomic_folder(tmp_path / "store") as first:
             (first / "by").write_text("first")
     assert (tmp_path / "store" / "by").read_text() == "first"
     assert list(tmp_path.iterdir()) == [tmp_path / "store"]
 
 
-def test_programs_stay_programs_and_links_alone(tmp_path):
+def test_executables_stay_executable_and_links_are_not_followed(tmp_path):
     (tmp_path / "folder").mkdir()
     program = tmp_path / "folder" / "program"
     program.write_text("")
@@ -99,7 +99,7 @@ def test_programs_stay_programs_and_links_alone(tmp_path):
 
 
 @pytest.mark.parametrize("mask", UMASKS)
-def test_others_can_read_what_is_put_into_the_cache(mask, tmp_path):
+def test_cached_files_are_readable_by_other_users(mask, tmp_path):
     model_args = ModelArguments(preset="minigpt-pico", vocab_size=320)
     data_args = DataArguments(dataset=None, max_examples=20, cache_dir=str(tmp_path / "cache"))
     texts = [f"{number}: {text}" for number, text in enumerate(["some text"] * 20)]

@@ -1,7 +1,9 @@
-"""Broken and hostile input to the recipes: a clear error each time, before the first step where it can be known."""
+"""Broken or hostile input to the recipes raises a clear error, before the first step if possible, and runs no code."""
 
+import contextlib
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -35,7 +37,7 @@ SMALL += ["--config_overrides", "hidden_size=16", "num_attention_heads=2", "num_
 
 
 class Program:
-    """What unpickling it, or running its source, does: leave a mark in the current folder."""
+    """Unpickling this, or running its source, creates the file `ran` in the current folder."""
 
     SOURCE = "open('ran', 'w').close()\n"
 
@@ -43,23 +45,57 @@ class Program:
         return exec, (self.SOURCE,)
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a corpus in `books`."""
-    monkeypatch.chdir(tmp_path)
-    Path("books").mkdir()
-    for i in range(4):
-        Path(f"books/{i}.txt").write_text(TEXT * 20 + str(i))
-    yield tmp_path
-    assert not Path("ran").exists(), "code of somebody else ran"
-
-
 def run(*arguments: str) -> dict[str, float]:
     common = ["--cache_dir", "cache", "--output_dir", "run", "--cpu_threads", "1", "--disable_tqdm", "true"]
     return pretrain.main([*common, *arguments])
 
 
-# What the corpus may be
+RUN = [*SMALL, "--dataset", "books", "--save_steps", "1"]
+CONTINUE = ["--model", "model", "--dataset", "books", "--max_steps", "1"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """Change to a folder with a corpus in `books`."""
+    monkeypatch.chdir(tmp_path)
+    write_books(tmp_path)
+    yield tmp_path
+    assert not Path("ran").exists(), "foreign code ran"
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory) -> Path:
+    """Return a folder in which `run(*RUN)` wrote checkpoints and `run(*CONTINUE)` trained the model in `model`."""
+    folder = tmp_path_factory.mktemp("undamaged")
+    write_books(folder)
+    (folder / "books/long.txt").write_text("word " * 5000)
+    tokenizer = train_tokenizer([TEXT * 9], 320, model_max_length=16)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": 320, "unpadded_vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    with contextlib.chdir(folder):
+        MiniGPTForCausalLM(tiny_config("modern", **sizes, **ids)).save_pretrained("model")
+        tokenizer.save_pretrained("model")
+        run(*CONTINUE, "--output_dir", "first")
+        Path("metrics.json").write_text(json.dumps(run(*RUN)))
+    return folder
+
+
+@pytest.fixture
+def trained(undamaged, tmp_path, monkeypatch) -> Path:
+    """Change to a copy of the folder `undamaged`."""
+    shutil.copytree(undamaged, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not Path("ran").exists(), "foreign code ran"
+
+
+def write_books(folder: Path) -> None:
+    (folder / "books").mkdir()
+    for i in range(4):
+        (folder / f"books/{i}.txt").write_text(TEXT * 20 + str(i))
+
+
+# Corpora
 
 
 def latin_1(folder):
@@ -92,26 +128,26 @@ def too_little(folder):
     ("damage", "message"),
     [
         (latin_1, r"9\.txt is not UTF-8 text.*iconv"),
-        (zip_archive, r"9\.txt is not text but binary"),
+        (zip_archive, r"9\.txt is binary, not text"),
         (other_columns, r"9\.csv has no column 'text'.*\['title', 'body'\]"),
-        (link_to_itself, r"loop is a symbolic link to a folder that it lies in; remove"),
-        (empty_file, r"9\.txt is empty; remove"),
-        (too_little, r"a row of context_length=16 needs 17; give more text"),
+        (link_to_itself, r"loop is a symbolic link to one of its parent folders\. Remove"),
+        (empty_file, r"9\.txt is empty\. Remove"),
+        (too_little, r"one row of context_length=16 requires 17\. Provide more text"),
     ],
 )
-def test_corpus(work, damage, message):
+def test_damaged_corpus_is_refused(work, damage, message):
     damage(work / "books")
     with pytest.raises(ValueError, match=message):
         run(*SMALL, "--dataset", "books")
     assert not Path("run/model.safetensors").exists()
 
 
-def test_text_longer_than_the_context_is_cut_into_rows(work):
-    Path("books/long.txt").write_text("word " * 5000)
-    assert run(*SMALL, "--dataset", "books")["train_tokens"] == 2 * 2 * 16
+def test_text_longer_than_the_context_is_cut_into_rows(undamaged):
+    assert (undamaged / "books/long.txt").stat().st_size > 10_000
+    assert json.loads((undamaged / "metrics.json").read_text())["train_tokens"] == 2 * 2 * 16
 
 
-# What the model may be
+# Models
 
 
 def flip(place):
@@ -180,78 +216,67 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
         (with_other_tokenizer, "tokenizer.*the model"),
     ],
 )
-def test_model(work, damage, message):
-    tokenizer = train_tokenizer([TEXT * 9], 320, model_max_length=16)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = {"vocab_size": 320, "unpadded_vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    model = MiniGPTForCausalLM(tiny_config("modern", **sizes, **ids))
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    undamaged = ["--model", "model", "--dataset", "books", "--max_steps", "1"]
-    run(*undamaged)
-    damage(work / "model")
+def test_damaged_model_is_refused(trained, damage, message):
+    damage(trained / "model")
     with pytest.raises((ValueError, StrictDataclassError), match=message):
-        run(*undamaged, "--output_dir", "second")
+        run(*CONTINUE, "--output_dir", "second")
     assert not Path("second/checkpoint-1").exists()
 
 
-def test_flipped_bit_in_the_weights_of_a_sealed_checkpoint(work):
-    """The weights have no checksum of their own."""
-    run(*SMALL, "--dataset", "books")
-    flip(-1)(work / "run/checkpoint-2")
+def test_flipped_bit_in_the_weights_of_a_checkpoint_is_detected(trained):
+    """The checkpoint's manifest has checksums. The format of the weights has none."""
+    flip(-1)(trained / "run/checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2/model\.safetensors is not what was written"):
         run("--model", "run/checkpoint-2", "--dataset", "books", "--output_dir", "second")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_no_pickle_of_a_checkpoint_is_run(work, name):
-    """Even where somebody has sealed it."""
-    arguments = [*SMALL, "--dataset", "books", "--save_steps", "1"]
-    run(*arguments)
-    checkpoint = work / "run/checkpoint-1"
+def test_pickles_in_a_checkpoint_are_not_run(trained, name):
+    """They are not run even if the manifest has their checksum."""
+    checkpoint = trained / "run/checkpoint-1"
     (checkpoint / name).write_bytes(pickle.dumps(Program()))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     seal_checkpoint(checkpoint, manifest["run"])
     if name == "training_args.bin":
-        # nobody reads it
-        run(*arguments, "--resume_from_checkpoint", str(checkpoint))
+        # resuming does not read this file
+        run(*RUN, "--resume_from_checkpoint", str(checkpoint))
         return
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        run(*arguments, "--resume_from_checkpoint", str(checkpoint))
+        run(*RUN, "--resume_from_checkpoint", str(checkpoint))
 
 
-def test_no_pickle_of_a_converted_checkpoint_is_run(work):
+def test_pickle_in_a_nanogpt_checkpoint_is_not_run(work):
     torch.save({"model_args": {}, "model": Program()}, "ckpt.pt")
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         from_nanogpt("ckpt.pt")
 
 
-def test_the_code_beside_a_minigpt_is_not_run(work):
-    """A MiniGPT brings its code along for those who do not have this package; with it, the package's is used."""
+def test_code_in_a_minigpt_folder_is_not_run(work):
+    """Saved models include their code for users without this package. With the package, its own code is used."""
     MiniGPTForCausalLM(tiny_config("modern")).save_pretrained("model")
     assert Path("model/modeling_minigpt.py").is_file()
     Path("model/modeling_minigpt.py").write_text(Program.SOURCE)
     assert isinstance(AutoModelForCausalLM.from_pretrained("model"), MiniGPTForCausalLM)
 
 
-# What the folder and the flags may be
+# Folders and flags
 
 
 @pytest.mark.parametrize("folder", ["file/run", "/proc/run"])
-def test_output_folder_that_cannot_be_written(work, folder):
+def test_unwritable_output_folder_is_refused(work, folder):
     Path("file").touch()
     with pytest.raises(ValueError, match=f"output_dir={folder} cannot be written .*choose another"):
         run(*SMALL, "--dataset", "books", "--output_dir", folder)
 
 
-def test_misspelt_key_in_yaml(work, capsys):
+def test_misspelled_key_in_yaml_is_named(work, capsys):
     Path("run.yaml").write_text("learning_rat: 1\n")
     with pytest.raises(SystemExit):
         run("--config", "run.yaml")
     assert "run.yaml: unknown key 'learning_rat'. Did you mean learning_rate?" in capsys.readouterr().err
 
 
-# What the rows may be
+# Rows
 
 
 def row(*ids: int, targets: list[int] | None = None) -> dict[str, torch.Tensor]:
@@ -261,22 +286,22 @@ def row(*ids: int, targets: list[int] | None = None) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(1, 2), row(3, 67)], "input_ids has 67, and the model's ids end at 66"),
-        ([row(1, -1)], "input_ids has -1"),
-        ([row(1, 2, targets=[2, 67])], "shift_labels has 67"),
-        ([row(1, 2, targets=[2, -5])], "shift_labels has -5"),
-        ([], "0 rows"),
-        ([row(1, 2), {"input_ids": torch.tensor([]), "shift_labels": torch.tensor([])}], "leave empty rows out"),
+        ([row(1, 2), row(3, 67)], "input_ids contains 67, and the model's largest id is 66"),
+        ([row(1, -1)], "input_ids contains -1"),
+        ([row(1, 2, targets=[2, 67])], "shift_labels contains 67"),
+        ([row(1, 2, targets=[2, -5])], "shift_labels contains -5"),
+        ([], "has 0 rows"),
+        ([row(1, 2), {"input_ids": torch.tensor([]), "shift_labels": torch.tensor([])}], "Leave out empty rows"),
     ],
 )
-def test_rows_that_no_model_takes(rows, message):
+def test_invalid_rows_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         LanguageModelCollator(pad_token_id=1, num_ids=67)(rows)
 
 
 @pytest.mark.parametrize("switches", ["gpt2", "modern"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_row_of_padding_counts_for_nothing(switches, attention):
+def test_a_row_of_only_padding_does_not_change_the_loss(switches, attention):
     model = MiniGPTForCausalLM(tiny_config(switches))
     model.set_attn_implementation(attention)
     ids = torch.randint(60, (2, 8))
@@ -285,11 +310,11 @@ def test_a_row_of_padding_counts_for_nothing(switches, attention):
     torch.testing.assert_close(loss, model(ids[:1], labels=ids[:1]).loss)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    # nothing to learn is no reason for a NaN
+    # without targets the loss is 0, not NaN
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
-# Too little memory
+# Out of memory
 
 
 class Rows(Dataset):
@@ -300,8 +325,8 @@ class Rows(Dataset):
         return row(*range(index % 50, index % 50 + 8))
 
 
-class Small(TrainerCallback):
-    """A device with room for two rows."""
+class SmallDevice(TrainerCallback):
+    """Simulates a device with memory for two rows."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def forward(*args, input_ids, **kwargs):
@@ -312,10 +337,9 @@ class Small(TrainerCallback):
         model.forward = forward
 
 
-def train_on_a_small_device(folder, **arguments) -> LanguageModelTrainer:
-    args = PretrainArguments(
-        str(folder), per_device_train_batch_size=8, max_steps=3, eval_strategy="no", disable_tqdm=True, **arguments
-    )
+def train_on_small_device(folder, batch_size, **arguments) -> LanguageModelTrainer:
+    sizes = {"per_device_train_batch_size": batch_size, "max_steps": 3}
+    args = PretrainArguments(str(folder), **sizes, eval_strategy="no", disable_tqdm=True, **arguments)
     model = MiniGPTForCausalLM(tiny_config("modern"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = LanguageModelTrainer(
@@ -324,27 +348,27 @@ def train_on_a_small_device(folder, **arguments) -> LanguageModelTrainer:
         train_dataset=Rows(),
         data_collator=LanguageModelCollator(pad_token_id=1, num_ids=67),
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
-        callbacks=[Small()],
+        callbacks=[SmallDevice()],
     )
     train_safely(trainer)
     return trainer
 
 
-def test_out_of_memory_says_what_takes_less(tmp_path):
+def test_out_of_memory_error_names_flags_that_need_less(tmp_path):
     same = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
     with pytest.raises(MemoryError, match=f"per_device_train_batch_size=8: CUDA out of memory.*{same}.*auto_find"):
-        train_on_a_small_device(tmp_path)
+        train_on_small_device(tmp_path, 8)
 
 
-def test_auto_find_batch_size(tmp_path):
-    trainer = train_on_a_small_device(tmp_path, auto_find_batch_size=True)
+def test_auto_find_batch_size_reduces_the_batch_until_it_fits(tmp_path):
+    trainer = train_on_small_device(tmp_path, 3, auto_find_batch_size=True)
     assert (trainer.state.global_step, trainer._train_batch_size) == (3, 2)
     assert (tmp_path / "checkpoint-3/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("label", [-5, 10**6])
-def test_label_out_of_range_names_it(label, training):
+def test_error_names_a_label_out_of_range(label, training):
     model = tiny_model("modern").train(training)
     ids = torch.zeros((1, 4), dtype=torch.long)
     labels = torch.tensor([[0, 1, label, 2]])
@@ -352,7 +376,7 @@ def test_label_out_of_range_names_it(label, training):
         model(ids, labels=labels)
 
 
-def test_class_out_of_range_names_it():
+def test_error_names_a_class_out_of_range():
     model = tiny_model("gpt2", model_class=MiniGPTForSequenceClassification, num_labels=3, pad_token_id=0)
     with pytest.raises(ValueError, match="Label 3 is out of range: there are 3 ids or classes"):
         model(torch.ones((1, 4), dtype=torch.long), labels=torch.tensor([3]))

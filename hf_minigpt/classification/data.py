@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..atomic import written_at_once
+from ..atomic import atomic_file
 from ..data.files import (
     ROW_SUFFIXES,
     Row,
@@ -480,7 +480,7 @@ def write_texts(texts: Sequence[str], path: str | Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": list(texts)})
-    with written_at_once(path) as work:
+    with atomic_file(path) as work:
         if work.suffix == ".parquet":
             rows.to_parquet(str(work))
         else:

@@ -1,4 +1,4 @@
-"""Rows in, batches out."""
+"""Collate rows of token ids into batches for language modeling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,15 @@ IGNORE_INDEX = -100
 
 @dataclass
 class LanguageModelCollator:
-    """Batches of rows whose targets are already shifted by one.
+    """Collates rows whose targets are already shifted by one.
+
+    A call returns int64 tensors of shape (B, T): `input_ids`; `labels`, the ids with -100 for padding; `shift_labels`,
+    the targets; and, if a row is padded, `attention_mask`. It raises ValueError for an empty batch, an empty row, or
+    an id or target out of range.
 
     Args:
-        pad_token_id: fills `input_ids` on the right where rows differ in length; the targets there are -100.
-        num_ids: real ids of the model, to find others here: on a GPU the error would neither name nor show them.
-
-    Returns (from a call): `input_ids` (B, T), `labels` (B, T), which are the ids with -100 for padding, `shift_labels`
-        (B, T), which are what the model learns from, and `attention_mask` (B, T) if some row is padded; all int64.
-
-    Raises:
-        ValueError: no rows, a row without tokens, an id or a target out of range.
+        pad_token_id: pads `input_ids` on the right if rows differ in length. Targets are padded with -100.
+        num_ids: number of token ids of the model, to check ids here, since the error on a GPU would not show them.
     """
 
     pad_token_id: int
@@ -38,7 +36,7 @@ class LanguageModelCollator:
         targets = [row["shift_labels"] for row in rows]
         lengths = {len(ids) for ids in inputs}
         if not rows or 0 in lengths:
-            raise ValueError(f"{len(rows)} rows of {sorted(lengths)} tokens in a batch: leave empty rows out.")
+            raise ValueError(f"the batch has {len(rows)} rows of lengths {sorted(lengths)}. Leave out empty rows.")
         if self.num_ids is not None:
             _check_ids("input_ids", torch.cat(inputs), self.num_ids)
             all_targets = torch.cat(targets)
@@ -64,6 +62,6 @@ def _check_ids(name: str, ids: torch.Tensor, num_ids: int) -> None:
     wrong = ids[(ids < 0) | (ids >= num_ids)]
     if len(wrong):
         raise ValueError(
-            f"{name} has {wrong[0].item()}, and the model's ids end at {num_ids - 1}: tokenize the text with the "
-            f"tokenizer saved with the model (targets to be left out are {IGNORE_INDEX})."
+            f"{name} contains {wrong[0].item()}, and the model's largest id is {num_ids - 1}. Use the tokenizer saved "
+            f"with the model, and {IGNORE_INDEX} for targets to ignore."
         )

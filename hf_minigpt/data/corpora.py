@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded tales, files and folders, or a dataset on the Hub, all as `Documents`."""
+"""Load or stream a text corpus: the embedded tales, files and folders, or a dataset on the Hub."""
 
 import codecs
 import hashlib
@@ -14,14 +14,17 @@ from typing import Any
 from ..tokenization import PIECE_LENGTH, Text
 from .files import (
     ROWS_PER_BATCH,
-    SUFFIXES,
     Row,
     check_columns,
     check_start,
+    empty_file,
     file_format,
     find_files,
+    hub_revision,
+    load_hub_dataset,
+    naming_file,
+    not_utf8,
     open_bytes,
-    read_errors,
     read_rows,
     text_of,
 )
@@ -30,28 +33,28 @@ from .files import (
 DEFAULT_NUM_TALES = 30_000
 TALES_SEED = 0
 
-# Characters: about a quarter of a novel. Long enough that hardly a row meets a seam, short enough that the 74 million
-# sentences of BookCorpus still make tens of thousands of documents to hold some out from.
+# In characters, about a quarter of a novel. Long enough that few rows cross a document boundary, and short enough that
+# the 74 million sentences of BookCorpus make tens of thousands of documents to choose the held-out set from.
 JOINED_DOCUMENT_LENGTH = 100_000
 
-# Of each text file so much is searched before a run for lines that are a marker between documents.
+# The first bytes of each text file, searched for separator lines before a run.
 SEARCHED_BYTES = 1 << 20
-MARKER = re.compile(rb"^[ \t]*(<\|\w+\|>|</?s>|\[(?:SEP|EOS)\])[ \t]*\r?$", re.MULTILINE)
+SEPARATOR_LINE = re.compile(rb"^[ \t]*(<\|\w+\|>|</?s>|\[(?:SEP|EOS)\])[ \t]*\r?$", re.MULTILINE)
 
 
 class Documents:
-    """The documents of a corpus: iterable any number of times, never all in memory.
+    """The documents of a corpus, iterable any number of times without loading all of them into memory.
 
     Attributes:
-        name: what the user called the corpus.
-        fingerprint: changes when the text may have changed: paths, sizes and modification times of files, the revision
-            of a Hub dataset, or an option.
-        num_empty: documents of only white space that the latest iteration left out.
-        can_be_split: whether a part of a document may be held out where whole documents do not give the share.
+        name: name given by the user.
+        fingerprint: changes when the text may have changed: with the paths, sizes and modification times of files, the
+            revision of a Hub dataset, and the options.
+        num_empty: documents of only white space that the latest iteration skipped.
+        can_be_split: whether part of a document may be held out if whole documents do not give the requested share.
 
     Args:
-        read: gives the documents, each as its text or as the pieces that this is made of.
-        max_examples: the first so many only.
+        read: returns the documents, each as a string or as the pieces of its text.
+        max_examples: maximum number of documents.
     """
 
     def __init__(
@@ -68,16 +71,16 @@ class Documents:
         self.num_empty = 0
         self.can_be_split = can_be_split
         self._read = read
-        self._max_documents = max_examples
+        self._max_examples = max_examples
 
     def __iter__(self) -> Iterator[str]:
         return ("".join(pieces) for pieces in self.in_pieces())
 
     def in_pieces(self) -> Iterator[Iterable[str]]:
-        """The same documents, each as the pieces of its text, to be read once: a long file is never all in memory."""
-        return itertools.islice(self._not_empty(), self._max_documents)
+        """Yield each document as the pieces of its text, to be read once, so that long files stay out of memory."""
+        return itertools.islice(self._non_empty(), self._max_examples)
 
-    def _not_empty(self) -> Iterator[Iterable[str]]:
+    def _non_empty(self) -> Iterator[Iterable[str]]:
         self.num_empty = 0
         for document in self._read():
             pieces = iter((document,) if isinstance(document, str) else document)
@@ -101,26 +104,27 @@ def load_documents(
     document_separator: str | None = None,
     max_examples: int | None = None,
 ) -> Documents:
-    """Name a corpus, get its documents.
+    """Load the documents of a corpus.
 
     Args:
-        dataset: None for the embedded tales; a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, each also .gz or
-            .zst), a folder searched for such files, in sorted order, hidden ones left out, or a glob; else a name on
-            the Hub. A .txt file is one document, a row of the others is one. Text files are UTF-8; a byte order mark
-            is dropped and line ends become `\\n`.
-        config_name, split: of a Hub dataset.
-        text_column: the column of the rows that holds the text.
-        join_sentences: the rows (of a .txt file, its lines) are sentences, as in the classic BookCorpus: join them
-            with line breaks into documents of about 100,000 characters.
+        dataset: None for the embedded tales; a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, optionally .gz or
+            .zst); a folder, searched for such files in sorted order without hidden ones; a glob; or the name of a Hub
+            dataset. A .txt file is one document, and each row of the other files is one. Text files are UTF-8. A byte
+            order mark is dropped and line ends become `\\n`.
+        config_name: configuration of a Hub dataset.
+        split: split of a Hub dataset.
+        text_column: column that contains the text.
+        join_sentences: treat the rows (or the lines of a .txt file) as sentences, as in the original BookCorpus, and
+            join them with line breaks into documents of about 100,000 characters.
         document_separator: text between the documents of a .txt file, such as `<|endoftext|>`.
-        max_examples: use only the first documents; for the tales, how many (30,000 by default).
+        max_examples: maximum number of documents; for the tales, their number (30,000 by default).
 
     Raises:
-        ValueError: nothing there by that name, nothing in it that can be read (the message names the file); files are
-            looked into only by iteration.
+        ValueError: the dataset does not exist or is in no supported format. The content of files is checked only
+            during iteration, and errors then name the file.
     """
     if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples={max_examples} leaves no text; use 1 or more, or leave it out")
+        raise ValueError(f"max_examples={max_examples} leaves no text. Set it to at least 1, or leave it out.")
     options = {"text_column": text_column, "join_sentences": join_sentences, "max_examples": max_examples}
     files = None if dataset is None else find_files(dataset)
     separator = _check_separator(files or [], document_separator, join_sentences)
@@ -134,17 +138,17 @@ def load_documents(
     def read() -> Iterator[Text]:
         for file in files:
             texts = _read_file(file, text_column, join_sentences, separator)
-            yield from (text for text, _ in _joined(map("".join, texts))) if join_sentences else texts
+            yield from (text for text, _ in _join_sentences(map("".join, texts))) if join_sentences else texts
 
-    return Documents(str(dataset), _digest("files", _content(files), options), read, max_examples)
+    return Documents(str(dataset), json_digest("files", _file_stats(files), options), read, max_examples)
 
 
 class ShardedDocuments:
-    """The documents of a corpus shard by shard, read from any place on: for corpora larger than the disk.
+    """The documents of a corpus by shard, readable from any row, for corpora larger than the disk.
 
     Attributes:
-        name, fingerprint: as of `Documents`.
-        num_shards: files, or the parts that a dataset on the Hub has.
+        name, fingerprint: as in `Documents`.
+        num_shards: number of files, or of the shards of a Hub dataset.
     """
 
     def __init__(
@@ -159,12 +163,12 @@ class ShardedDocuments:
         self.fingerprint = fingerprint
         self.num_shards = num_shards
         self._read_rows = read_rows
-        self._join_sentences = join_sentences
+        self._joins_sentences = join_sentences
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[str, int]]:
-        """The documents of a shard from row `start` on, empty ones too, each with the row that follows it."""
+        """Yield the documents of a shard from row `start`, empty ones too, each with the number of the next row."""
         rows = self._read_rows(shard, start)
-        documents = _joined(rows) if self._join_sentences else ((text, 1) for text in rows)
+        documents = _join_sentences(rows) if self._joins_sentences else ((text, 1) for text in rows)
         for text, num_rows in documents:
             start += num_rows
             yield text, start
@@ -179,10 +183,9 @@ def stream_documents(
     join_sentences: bool = False,
     document_separator: str | None = None,
 ) -> ShardedDocuments:
-    """`load_documents` for a corpus that shall not be downloaded, or read, as a whole.
+    """Open a corpus that is read while the model trains, instead of being downloaded or read in advance.
 
-    Raises:
-        ValueError: nothing there by that name, nothing in it that can be read.
+    Args and errors are those of `load_documents`.
     """
     options: dict[str, Any] = {"text_column": text_column, "join_sentences": join_sentences}
     files = find_files(dataset)
@@ -194,75 +197,52 @@ def stream_documents(
         def read_file(shard: int, start: int) -> Iterator[str]:
             return map("".join, _read_file(files[shard], text_column, join_sentences, separator, start))
 
-        fingerprint = _digest("files", _content(files), options)
+        fingerprint = json_digest("files", _file_stats(files), options)
         return ShardedDocuments(str(dataset), fingerprint, len(files), read_file, join_sentences)
     name = str(dataset)
-    rows, revision = _hub_stream(name, config_name, split)
+    # pinned, so that a run reads one revision from beginning to end
+    revision = hub_revision(name)
+    rows = load_hub_dataset(name, config_name, split=split, streaming=True, revision=revision)
 
     def read_shard(shard: int, start: int) -> Iterator[str]:
-        return _texts(rows.shard(rows.num_shards, shard), name, text_column, start)
+        return _column_texts(rows.shard(rows.num_shards, shard), name, text_column, start)
 
-    fingerprint = _digest("hub", name, config_name, split, revision, rows.num_shards, options)
+    fingerprint = json_digest("hub", name, config_name, split, revision, rows.num_shards, options)
     return ShardedDocuments(name, fingerprint, rows.num_shards, read_shard, join_sentences)
 
 
-def _content(files: list[Path]) -> list[tuple[str, int, int]]:
+def _file_stats(files: list[Path]) -> list[tuple[str, int, int]]:
     stats = [file.stat() for file in files]
     for file, stat in zip(files, stats, strict=True):
         if stat.st_size == 0:
-            raise ValueError(f"{file} is empty; remove it or leave it out")
+            raise empty_file(file)
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
 
 
-def _digest(*content: Any) -> str:
+def json_digest(*content: Any) -> str:
+    """Return a digest of values that JSON can represent."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _tales(num_tales: int) -> Documents:
-    from .tales import grammar as tales
+    from .tales import grammar
 
-    grammar = Path(tales.__file__).read_bytes()
-    fingerprint = _digest("tales", hashlib.blake2b(grammar).hexdigest(), num_tales, TALES_SEED)
-    return Documents("tales", fingerprint, lambda: tales.tales(num_tales, TALES_SEED), can_be_split=False)
-
-
-def _check_hub_name(name: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or file_format(name) in SUFFIXES:
-        raise ValueError(f"no file or folder {name}, and it does not look like a name on the Hub (owner/dataset)")
-
-
-def _hub_stream(name: str, config_name: str | None, split: str) -> tuple[Any, str]:
-    """A dataset on the Hub as an iterable one, and its revision."""
-    _check_hub_name(name)
-    import datasets
-    import huggingface_hub
-
-    try:
-        # the revision that the run begins with is the one that it reads to its end
-        revision = huggingface_hub.dataset_info(name).sha
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=True, revision=revision)
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ValueError(f"no file or folder {name} here, and the Hub did not give a dataset: {error}") from error
-    return rows, str(revision)
+    code = hashlib.blake2b(Path(grammar.__file__).read_bytes()).hexdigest()
+    fingerprint = json_digest("tales", code, num_tales, TALES_SEED)
+    return Documents("tales", fingerprint, lambda: grammar.tales(num_tales, TALES_SEED), can_be_split=False)
 
 
 def _hub_documents(name: str, config_name: str | None, split: str, options: dict[str, Any]) -> Documents:
-    _check_hub_name(name)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config_name, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"no file or folder {name} here, and the Hub did not give a dataset: {error}") from error
-    # the cache folder, of which this is made, is named after the revision
-    fingerprint = _digest("hub", name, config_name, split, rows._fingerprint, options)
+    rows = load_hub_dataset(name, config_name, split=split)
+    # derived from the cache folder, whose name contains the revision
+    fingerprint = json_digest("hub", name, config_name, split, rows._fingerprint, options)
     text_column = options["text_column"]
-    # a missing column shall not wait for a tokenizer to be trained
+    # checked here, since training a tokenizer takes long
     check_columns(name, rows.column_names, [text_column])
 
     def read() -> Iterator[str]:
-        texts = _texts(rows, name, text_column)
-        return (text for text, _ in _joined(texts)) if options["join_sentences"] else texts
+        texts = _column_texts(rows, name, text_column)
+        return (text for text, _ in _join_sentences(texts)) if options["join_sentences"] else texts
 
     return Documents(name, fingerprint, read, options["max_examples"])
 
@@ -270,7 +250,7 @@ def _hub_documents(name: str, config_name: str | None, split: str, options: dict
 def _read_file(
     path: Path, text_column: str, by_line: bool, document_separator: str | None, start: int = 0
 ) -> Iterator[Text]:
-    """The texts of a file: its rows', or of a .txt its lines, its parts between separators, or itself in pieces."""
+    """Yield the texts of a file: its rows, or a .txt file's lines, separated parts, or whole text in pieces."""
     if file_format(path) != ".txt":
         for row in read_rows(path, [text_column], start):
             yield text_of(row, text_column) or ""
@@ -279,7 +259,7 @@ def _read_file(
     if by_line:
         texts = _text_lines(path)
     elif document_separator is not None:
-        texts = _separated(path, document_separator)
+        texts = _split_at_separator(path, document_separator)
     else:
         texts = iter((_text_in_pieces(path),))
     yield from itertools.islice(texts, start, None)
@@ -294,23 +274,23 @@ def _text_lines(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _separated(path: Path, separator: str) -> Iterator[str]:
-    """The texts between separators, without the line breaks around them."""
+def _split_at_separator(path: Path, separator: str) -> Iterator[str]:
+    """Yield the texts between separators, without the surrounding line breaks."""
     rest, is_found = "", False
     for piece in _text_in_pieces(path):
         *texts, rest = (rest + piece).split(separator)
         is_found = is_found or bool(texts)
         yield from (text.strip("\n") for text in texts)
     if not is_found:
-        warnings.warn(f"{path} does not hold document_separator={separator!r}: it is one document.", stacklevel=2)
+        warnings.warn(f"{path} does not contain document_separator={separator!r}: it is one document.", stacklevel=2)
     yield rest.strip("\n")
 
 
 def _text_in_pieces(path: Path) -> Iterator[str]:
-    """The text of a file, which as a whole would take four bytes a character if a single one is an emoji."""
+    """Yield the text of a file in pieces: as one string, a single emoji would make all characters take 4 bytes."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     num_read, is_empty = 0, True
-    with read_errors(path), open_bytes(path) as file:
+    with naming_file(path), open_bytes(path) as file:
         while True:
             data = file.read(PIECE_LENGTH)
             if num_read == 0:
@@ -319,15 +299,11 @@ def _text_in_pieces(path: Path) -> Iterator[str]:
             try:
                 piece = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                # what the decoder had in hand ends with what is read
-                position = num_read - len(error.object) + error.start
-                raise ValueError(
-                    f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} in position {position}: "
-                    f"{error.reason}; convert the file (iconv -f WINDOWS-1252 -t UTF-8) or leave it out."
-                ) from error
+                # the decoder's input ends at the last byte read
+                raise not_utf8(str(path), error, num_read - len(error.object) + error.start) from error
             is_empty = is_empty and not piece.strip()
             if not data and is_empty:
-                raise ValueError(f"{path} is empty; remove it or leave it out")
+                raise empty_file(path)
             if piece:
                 yield piece
             if not data:
@@ -335,32 +311,32 @@ def _text_in_pieces(path: Path) -> Iterator[str]:
 
 
 def _check_separator(files: list[Path], document_separator: str | None, join_sentences: bool) -> str | None:
-    """The separator with its escapes resolved; None for none.
+    """Return the separator with its escapes resolved, or None.
 
     Raises:
-        ValueError: a separator that nothing uses, or text files with several lines that are a marker, such as
-            END_OF_TEXT, and no separator.
+        ValueError: the separator has no effect, or it is missing and a text file has several separator lines, such as
+            END_OF_TEXT.
     """
     texts = [file for file in files if file_format(file) == ".txt"]
     if document_separator and (join_sentences or not texts):
-        why = "join_sentences makes the documents" if join_sentences else "there is no .txt file among the data"
-        raise ValueError(f"document_separator={document_separator!r} has no use: {why}. Leave it out.")
+        reason = "join_sentences forms the documents" if join_sentences else "the dataset has no .txt file"
+        raise ValueError(f"document_separator={document_separator!r} has no effect: {reason}. Leave it out.")
     if document_separator is not None:
         return document_separator.replace("\\n", "\n").replace("\\t", "\t") or None
     for file in texts:
-        with read_errors(file), open_bytes(file) as content:
-            found = MARKER.findall(content.read(SEARCHED_BYTES))
+        with naming_file(file), open_bytes(file) as content:
+            found = SEPARATOR_LINE.findall(content.read(SEARCHED_BYTES))
         if len(found) > 1:
-            marker = max(found, key=found.count).decode()
+            separator = max(found, key=found.count).decode()
             raise ValueError(
-                f"{file} has {len(found):,} lines in its first MB that are a marker such as {marker}. To split the "
-                f"text there: --document_separator '{marker}'. To learn them as text: --document_separator ''."
+                f"{file} has {len(found):,} separator lines such as {separator} in its first MB. To split the text "
+                f"there: --document_separator '{separator}'. To keep them as text: --document_separator ''."
             )
     return None
 
 
-def _texts(rows: Any, source: str, text_column: str, start: int = 0) -> Iterator[str]:
-    """The texts of a dataset from the Hub."""
+def _column_texts(rows: Any, source: str, text_column: str, start: int = 0) -> Iterator[str]:
+    """Yield the texts of a Hub dataset from row `start`."""
     number = 0
     for table in rows.with_format("arrow").iter(ROWS_PER_BATCH):
         check_columns(source, table.column_names, [text_column])
@@ -371,15 +347,15 @@ def _texts(rows: Any, source: str, text_column: str, start: int = 0) -> Iterator
             yield text_of(Row(f"{source}, row {number}", {text_column: value}), text_column) or ""
 
 
-def _joined(sentences: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Documents, and the number of sentences in each."""
-    part: list[str] = []
+def _join_sentences(sentences: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Join sentences into documents and yield each with its number of sentences."""
+    document: list[str] = []
     length = 0
     for sentence in sentences:
-        part.append(sentence)
+        document.append(sentence)
         length += len(sentence) + 1
         if length >= JOINED_DOCUMENT_LENGTH:
-            yield "\n".join(part), len(part)
-            part, length = [], 0
-    if part:
-        yield "\n".join(part), len(part)
+            yield "\n".join(document), len(document)
+            document, length = [], 0
+    if document:
+        yield "\n".join(document), len(document)

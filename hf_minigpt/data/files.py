@@ -1,11 +1,12 @@
-"""Files of rows and texts, for every job: found, decompressed and read row by row, each value with its place.
+"""Find and read data files (text, JSON, CSV, Parquet, optionally compressed) and datasets on the Hub, for every job.
 
-JSON is an array or one object a line, whatever the ending says. A row keeps the types of its file: text in .csv and
-.tsv, JSON's or Parquet's own types elsewhere. Only the columns that are asked for are looked at, so that another
-column may hold anything.
+Files are read row by row, and errors name the file and the line or row. A JSON file is an array or has one object per
+line, whatever its suffix. Values keep their types: text in .csv and .tsv, JSON's or Parquet's own types elsewhere.
+Only the requested columns are checked, so other columns may contain anything.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -23,13 +24,13 @@ ROW_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 SUFFIXES = (".txt", *ROW_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst")
 
-# Tried in this order, until one gives the columns that are asked for: Excel writes semicolons in half of Europe.
+# Tried in this order until one yields the requested columns. In many locales Excel writes semicolons.
 DELIMITERS = (",", ";", "\t", "|")
 ROWS_PER_BATCH = 1000
-# A column must occur in one of the first rows. A field of JSON may be left out where it is empty.
+# JSON rows may omit empty fields, so a column must occur in one of this many first rows.
 ROWS_TO_FIND_COLUMNS = 1000
 
-# The names of splits in names of files, as on the Hub.
+# Words in file names that name a split, as on the Hub.
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -40,10 +41,11 @@ _HUB_FILE = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
 
 @dataclass
 class Row:
-    """
+    """One row of a file.
+
     Attributes:
-        place: where the row lies, for messages: "reviews.csv, line 12" or "train.parquet, row 7", both counted from 1.
-        values: by column. A column that the row leaves out is not there.
+        place: location for error messages, such as "reviews.csv, line 12" or "train.parquet, row 7", counted from 1.
+        values: the row's values by column name. Omitted columns are absent.
     """
 
     place: str
@@ -51,11 +53,12 @@ class Row:
 
 
 def describe_suffixes(suffixes: Sequence[str]) -> str:
+    """Return the accepted suffixes as text for error messages."""
     return f"{', '.join(suffixes)}, each also compressed ({' or '.join(COMPRESSIONS)})"
 
 
 def file_format(path: str | Path) -> str:
-    """The suffix of what the file holds: ".csv" of a.csv, A.CSV and a.csv.gz."""
+    """Return the lower-case suffix without compression: ".csv" for a.csv, A.CSV and a.csv.gz."""
     name = Path(path).name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -63,25 +66,29 @@ def file_format(path: str | Path) -> str:
 
 
 def find_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path] | None:
-    """The files that a path names, sorted: a file, those in a folder (hidden ones left out), those that match a glob.
+    """Return the sorted files of a path: a single file, the files below a folder, or the matches of a glob.
 
-    A path is a glob only if there is no file or folder of that very name.
+    Hidden files are skipped. A path is treated as a glob only if no file or folder has that exact name.
+
+    Args:
+        source: file, folder or glob.
+        suffixes: accepted file formats.
 
     Returns:
-        None where there is nothing, as for a name on the Hub.
+        The files, or None if nothing exists at the path, as for a dataset name on the Hub.
 
     Raises:
-        ValueError: a file of another kind, a folder or a glob without files of these kinds, a link to nowhere.
+        ValueError: an unsupported file, a folder or glob without supported files, or a broken link.
     """
     root = Path(source)
     if root.is_dir():
         files = list(_files_below(root, suffixes))
         if not files:
-            raise ValueError(f"folder {root} holds no file that ends in {describe_suffixes(suffixes)}.")
+            raise ValueError(f"folder {root} contains no file that ends in {describe_suffixes(suffixes)}.")
         return files
     if root.is_file():
         if file_format(root) not in suffixes:
-            kind = root.suffix or "a file without suffix"
+            kind = root.suffix or "a file without a suffix"
             raise ValueError(f"{root}: cannot read {kind}; use {describe_suffixes(suffixes)}.")
         return [root]
     if not re.search(r"[*?\[]", str(source)):
@@ -91,9 +98,9 @@ def find_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[P
     files = [path for path in found if file_format(path) in suffixes]
     if not files:
         raise ValueError(
-            f"{source}: there is no file of that name, and as a pattern it matches "
-            f"{f'only {found[0]}, which' if found else 'nothing; a file that'} must end in "
-            f"{describe_suffixes(suffixes)}."
+            f"{source}: no file has this name, and as a glob it matches "
+            f"{f'only files of other formats, such as {found[0]}' if found else 'nothing'}. "
+            f"Supported are {describe_suffixes(suffixes)}."
         )
     return files
 
@@ -101,7 +108,7 @@ def find_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[P
 def _files_below(folder: Path, suffixes: Sequence[str], above: tuple[Path, ...] = ()) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:
-        raise ValueError(f"{folder} is a symbolic link to a folder that it lies in; remove the link")
+        raise ValueError(f"{folder} is a symbolic link to one of its parent folders. Remove the link.")
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -109,12 +116,12 @@ def _files_below(folder: Path, suffixes: Sequence[str], above: tuple[Path, ...] 
             yield from _files_below(entry, suffixes, (*above, real))
         elif file_format(entry) in suffixes:
             if not entry.is_file():
-                raise ValueError(f"{entry} is not a regular file but, perhaps, a link to nowhere; remove it")
+                raise ValueError(f"{entry} is not a regular file, or is a broken link. Remove it.")
             yield entry
 
 
 def split_of(path: Path, root: Path) -> str | None:
-    """The split that a file belongs to, by a word in its name or in a folder's below `root`; None without one."""
+    """Return the split named by a word in the file's name or in a folder name below `root`, or None."""
     for part in reversed(path.relative_to(root).parts if path.is_relative_to(root) else (path.name,)):
         if match := _HUB_FILE.match(part):
             return match["split"]
@@ -129,7 +136,7 @@ def split_of(path: Path, root: Path) -> str | None:
 
 
 def open_bytes(path: Path) -> Any:
-    """A binary file of what a file holds, decompressed."""
+    """Open a file for reading bytes, decompressed according to its suffix."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path)
@@ -141,67 +148,69 @@ def open_bytes(path: Path) -> Any:
 
 
 def check_start(path: Path, start: bytes) -> None:
-    """Raise ValueError for what no UTF-8 text begins with. Archives and UTF-16 have zero bytes near the start."""
+    """Raise ValueError if the first bytes are not UTF-8 text. Archives and UTF-16 have zero bytes near the start."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16 text, which reads as binary: convert it (iconv -f UTF-16 -t UTF-8).")
+        raise ValueError(f"{path} is UTF-16 text. Convert it to UTF-8 (iconv -f UTF-16 -t UTF-8).")
     if b"\0" in start:
         raise ValueError(
-            f"{path} is not text but binary (it has zero bytes): an archive, or UTF-16? Unpack it, or convert it "
-            "(iconv -f UTF-16LE -t UTF-8)."
+            f"{path} is binary, not text: it contains zero bytes. Unpack it if it is an archive, or convert it if it "
+            "is UTF-16 (iconv -f UTF-16LE -t UTF-8)."
         )
 
 
-class read_errors:
-    """Errors of reading a file, as one that names it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # EOFError: a compressed file that was cut
-        if isinstance(error, (OSError, EOFError)):
-            raise ValueError(f"{self.path} cannot be read: {error}") from error
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Turn read errors into a ValueError that names the file."""
+    try:
+        yield
+    # a truncated compressed file raises EOFError
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers from 1 on, without their ends."""
-    with read_errors(path), open_bytes(path) as file:
+    """Yield line numbers, counted from 1, and lines without line ends."""
+    with naming_file(path), open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 check_start(path, line[:4096])
                 line = line.removeprefix(codecs.BOM_UTF8)
-            yield number, decode(line, path, f"line {number}").rstrip("\r\n")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(f"{path}, line {number},", error, error.start) from error
+            yield number, text.rstrip("\r\n")
 
 
-def decode(data: bytes, path: Path, place: str) -> str:
-    """Bytes as UTF-8 text, or a ValueError that names where they lie."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, {place}, is not UTF-8 text: byte 0x{data[error.start]:02x} in position {error.start}: "
-            f"{error.reason}; convert the file (iconv -f WINDOWS-1252 -t UTF-8) or leave it out."
-        ) from error
+def not_utf8(source: str, error: UnicodeDecodeError, position: int) -> ValueError:
+    """Return the error for bytes that are not UTF-8, with the place of the first wrong byte."""
+    return ValueError(
+        f"{source} is not UTF-8 text: byte 0x{error.object[error.start]:02x} in position {position}: {error.reason}. "
+        "Convert the file (iconv -f WINDOWS-1252 -t UTF-8) or remove it."
+    )
+
+
+def empty_file(path: Path) -> ValueError:
+    """Return the error for a file without content."""
+    return ValueError(f"{path} is empty. Remove it or leave it out.")
 
 
 # Rows
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None, start: int = 0) -> Iterator[Row]:
-    """The rows of a file, one after the other, never all in memory.
+    """Yield the rows of a file one by one, without loading the whole file into memory.
 
     Args:
-        columns: which of its columns; None for all. Each must occur in the file.
-        start: rows to leave out at the beginning.
+        path: .json, .jsonl, .ndjson, .csv, .tsv or .parquet file, optionally compressed.
+        columns: columns to read, each of which must occur in the file. None reads all.
+        start: number of rows to skip.
 
     Raises:
-        ValueError: a file that is empty or cannot be read, or a column that is not there.
+        ValueError: the file is empty, cannot be read or lacks a column.
     """
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; remove it or leave it out")
+        raise empty_file(path)
     kind = file_format(path)
     if kind == ".parquet":
         rows = _parquet_rows(path, columns, start)
@@ -214,27 +223,27 @@ def read_rows(path: Path, columns: Sequence[str] | None = None, start: int = 0) 
         is_empty = False
         yield row
     if is_empty:
-        raise ValueError(f"{path} is empty; remove it or leave it out")
+        raise empty_file(path)
 
 
 def _csv_rows(path: Path, columns: Sequence[str] | None, kind: str, start: int) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     header = next((line for _, line in _lines(path) if line.strip()), None)
     if header is None:
-        raise ValueError(f"{path} cannot be read: it has no line of column names.")
+        raise ValueError(f"{path} cannot be read: it has no header line.")
     delimiters = ("\t", *DELIMITERS) if kind == ".tsv" else DELIMITERS
     try:
         headers = {delimiter: next(csv.reader([header], delimiter=delimiter)) for delimiter in delimiters}
     except csv.Error as error:
-        raise ValueError(f"{path} cannot be read: its line of column names: {error}") from error
-    fits = [delimiter for delimiter in delimiters if set(columns or ()) <= set(headers[delimiter])]
-    delimiter = max(delimiters, key=lambda d: len(headers[d])) if columns is None else (fits or delimiters)[0]
+        raise ValueError(f"{path}, header line, cannot be read: {error}") from error
+    matching = [delimiter for delimiter in delimiters if set(columns or ()) <= set(headers[delimiter])]
+    delimiter = max(delimiters, key=lambda d: len(headers[d])) if columns is None else (matching or delimiters)[0]
     names = headers[delimiter]
     check_columns(path, names, columns)
-    twice = next((name for name in columns or names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path} has two columns {twice!r}: rename or remove one.")
-    asked = [(names.index(name), name) for name in columns or names]
+    repeated = next((name for name in columns or names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{path} has two columns {repeated!r}. Rename or remove one.")
+    selected = [(names.index(name), name) for name in columns or names]
 
     lines = _lines(path)
     line_number = 0
@@ -256,8 +265,7 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, kind: str, start: int) 
             return
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {first_line}, cannot be read: {error}. A quotation mark inside a quoted field must be "
-                "doubled."
+                f"{path}, line {first_line}, cannot be read: {error}. Double the quotation marks inside quoted fields."
             ) from error
         if not fields:
             continue
@@ -269,10 +277,10 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, kind: str, start: int) 
             continue
         if len(fields) != len(names):
             raise ValueError(
-                f"{path}, line {first_line}, has {len(fields)} fields, and the line of column names has {len(names)}: "
-                "put a field that has the separator in it into quotation marks, or mend the line."
+                f"{path}, line {first_line}, has {len(fields)} fields, and the header line has {len(names)}. Quote "
+                "fields that contain the delimiter, or fix the line."
             )
-        yield Row(f"{path}, line {first_line}", {name: fields[i] for i, name in asked})
+        yield Row(f"{path}, line {first_line}", {name: fields[i] for i, name in selected})
 
 
 def _json_rows(path: Path, columns: Sequence[str] | None, start: int) -> Iterator[Row]:
@@ -286,8 +294,8 @@ def _json_rows(path: Path, columns: Sequence[str] | None, start: int) -> Iterato
     for number, (place, value) in enumerate(values):
         if not isinstance(value, dict):
             raise ValueError(
-                f"{place} is {short(value)} and must be an object; the file must hold a list of objects, or an object "
-                "a line."
+                f"{place} is {short(value)} and must be an object. The file must be an array of objects or have one "
+                "object per line."
             )
         if missing:
             missing -= value.keys()
@@ -308,7 +316,7 @@ def _line_values(path: Path) -> Iterator[tuple[str, Any]]:
                 yield place, _parse(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{place}, cannot be read: {error}. Each line must hold one object, or the file an array of them."
+                    f"{place}, cannot be read: {error}. The file must have one object per line or be an array of them."
                 ) from error
 
 
@@ -318,19 +326,19 @@ def _parse(text: str) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        # Python refuses to convert a number of more than 4,300 digits, though perhaps nobody asks for it
+        # Python refuses to convert numbers of more than 4,300 digits, even in a column that is not requested
         return json.loads(text, parse_int=str)
 
 
 def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON array, with a part of the file in memory that holds the current one."""
+    """Yield the places and values of a JSON array's elements, with only part of the file in memory."""
     decoder, long_numbers = json.JSONDecoder(), json.JSONDecoder(parse_int=str)
     text, at = "", 0
     lines = _lines(path)
     is_whole = False
 
-    def more() -> bool:
-        """Read on, at least as much again as is in hand, so that a long element is not tried too often."""
+    def read_more() -> bool:
+        """At least double the buffered text, so that a long element is not parsed too often."""
         nonlocal text, at, is_whole
         parts, length = [text[at:]], 0
         while length <= max(len(text), 1 << 16):
@@ -348,11 +356,11 @@ def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
         while True:
             while at < len(text) and text[at] in " \t\n\r":
                 at += 1
-            if at < len(text) or not more():
+            if at < len(text) or not read_more():
                 return text[at : at + 1]
 
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"{path}, row {number}, cannot be read: {what}")
+    def cannot_read(reason: str) -> ValueError:
+        return ValueError(f"{path}, row {number}, cannot be read: {reason}")
 
     number = 0
     next_character()
@@ -366,11 +374,11 @@ def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
                 if not isinstance(error, (json.JSONDecodeError, RecursionError)):
                     decoder = long_numbers
                     continue
-                if not is_whole and more():
+                if not is_whole and read_more():
                     continue
-                raise refuse(str(error)) from error
-            # a number may go on in what is not read yet
-            if end < len(text) or is_whole or not more():
+                raise cannot_read(str(error)) from error
+            # a number at the end of the buffer may continue
+            if end < len(text) or is_whole or not read_more():
                 break
         at = end
         yield f"{path}, row {number}", value
@@ -378,12 +386,12 @@ def _array_values(path: Path) -> Iterator[tuple[str, Any]]:
         if sign == "]":
             break
         if sign != ",":
-            raise refuse(f"a comma or the end of the array must follow it, not {sign!r}.")
+            raise cannot_read(f"a comma or the end of the array must follow it, not {sign!r}.")
         at += 1
         next_character()
     at += 1
     if next_character():
-        raise ValueError(f"{path} cannot be read: something follows its array.")
+        raise ValueError(f"{path} cannot be read: there is text after its array.")
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None, start: int) -> Iterator[Row]:
@@ -425,7 +433,7 @@ def _open_parquet(path: Path) -> Any:
 
 
 def declared_class_names(path: Path, column: str) -> list[str] | None:
-    """The names that a Parquet file written by `datasets` declares for the numbers in a column, in their order."""
+    """Return the class names of a ClassLabel column in a Parquet file that `datasets` wrote, or None."""
     if file_format(path) != ".parquet":
         return None
     metadata = _open_parquet(path).schema_arrow.metadata or {}
@@ -441,48 +449,99 @@ def check_columns(source: str | Path, names: Sequence[str], columns: Sequence[st
     """Raise ValueError if one of the columns is not among the names."""
     for column in columns or ():
         if column not in names:
-            raise ValueError(f"{source} has no column {column!r}; name one of its columns: {list(names)}")
+            raise ValueError(f"{source} has no column {column!r}. Choose one of its columns: {list(names)}.")
+
+
+# The Hub
+
+
+@contextlib.contextmanager
+def _naming_dataset(name: str) -> Iterator[None]:
+    """Check a dataset name, and turn the Hub's errors into a ValueError that names the dataset."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or file_format(name) in SUFFIXES:
+        raise ValueError(f"no file or folder {name} exists, and it does not look like a Hub dataset (owner/dataset).")
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"no file or folder {name} exists, and it cannot be loaded as a dataset from the Hub: {error}"
+        ) from error
+
+
+def hub_revision(name: str) -> str:
+    """Return the current commit of a dataset on the Hub.
+
+    Raises:
+        ValueError: there is no such dataset, or the Hub cannot be reached.
+    """
+    with _naming_dataset(name):
+        import huggingface_hub
+
+        return str(huggingface_hub.dataset_info(name).sha)
+
+
+def load_hub_dataset(name: str, config_name: str | None = None, **options: Any) -> Any:
+    """Load a dataset from the Hub.
+
+    Args:
+        name: "dataset" or "owner/dataset".
+        config_name: configuration of the dataset.
+        options: passed to `datasets.load_dataset`, such as `split`, `streaming` and `revision`.
+
+    Returns:
+        The split's rows, or without `split` a dictionary of all splits.
+
+    Raises:
+        ValueError: there is no such dataset, configuration or split, or the Hub cannot be reached.
+    """
+    with _naming_dataset(name):
+        import datasets
+
+        return datasets.load_dataset(name, config_name, **options)
 
 
 # Values
 
 
 def is_missing(value: Any) -> bool:
-    """Null, or the NaN that stands for it."""
+    """Return whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def text_of(row: Row, column: str) -> str | None:
-    """A row's text; None where there is none.
+    """Return a row's text, or None if the value is missing.
 
     Raises:
-        ValueError: a value that is no text, or text that UTF-8 cannot encode.
+        ValueError: the value is not text, or UTF-8 cannot encode it.
     """
     value = row.values.get(column)
     if is_missing(value):
         return None
     if not isinstance(value, str):
         raise ValueError(
-            f"{row.place}: column {column!r} holds {type(value).__name__}, not text: {short(value)}. Name another "
-            "column, or write the value as text."
+            f"{row.place}: column {column!r} contains {type(value).__name__}, not text: {short(value)}. Choose "
+            "another column, or convert the values to text."
         )
     return check_unicode(value, f"{row.place}: column {column!r}")
 
 
 def check_unicode(text: str, name: str) -> str:
-    """The text, unless it has a surrogate, which UTF-8 cannot encode."""
+    """Return the text, or raise ValueError if it has a surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} has {text[error.start]!r} at character {error.start}, half of a character (a surrogate pair cut "
-            f"in two), in {short(text[max(error.start - 20, 0) : error.start + 20])}: mend or remove it."
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a character (an unpaired "
+            f"surrogate), in {short(text[max(error.start - 20, 0) : error.start + 20])}. Replace or remove it."
         ) from error
     return text
 
 
 def short(value: Any) -> str:
-    """A value in a message."""
+    """Return a value's representation, truncated to 60 characters, for error messages."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):

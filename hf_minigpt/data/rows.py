@@ -1,7 +1,7 @@
-"""Every way of cutting a token store into rows, as index views: nothing is copied, no shuffle is written down.
+"""Cut a token store into rows for training and evaluation, as views that copy no tokens.
 
-A row is `context_length + 1` consecutive tokens: the inputs are all but the last, the targets all but the first. The
-order of an epoch follows from (seed, epoch) alone, so the position in a run is one integer.
+A row is `context_length + 1` tokens: all but the last are inputs, all but the first are targets. The order of rows
+depends only on the seed and the epoch, so the position in a run is one integer.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,21 @@ from .token_store import TokenStore
 
 Row = dict[str, torch.Tensor]
 
-# Share of the rows of `AlignedDocumentRows` that begin without the EOS. A tenth costs nothing: over three seeds of the
-# default run, bits per byte over the entropy are 1.054 with it and 1.054 without.
+# The default `bare_share` of `AlignedDocumentRows`. Averaged over three seeds of the default run, the bits per byte
+# relative to the entropy are 1.054 with it and 1.054 without it.
 BARE_SHARE = 0.1
 
 
 def seeded_generator(seed: int, epoch: int) -> np.random.Generator:
+    """Return the random generator of an epoch."""
     return np.random.Generator(np.random.PCG64([seed, epoch]))
 
 
 class RowBatch(Sequence[Row]):
-    """Rows of one length, as a sequence of them and as one array.
+    """Rows of one length, as a sequence and as one array.
 
     Attributes:
-        tokens: (n, T + 1), of the store's type.
+        tokens: (num_rows, T + 1) array of the store's dtype.
     """
 
     def __init__(self, tokens: np.ndarray):
@@ -50,14 +51,14 @@ class RowBatch(Sequence[Row]):
 
 
 class Rows(Dataset):
-    """Base of the views: item i is `{"input_ids": (T,), "shift_labels": (T,)}`, int64."""
+    """Base class of the row datasets. Item i is `{"input_ids": (T,), "shift_labels": (T,)}`, int64."""
 
     def __init__(self, store: TokenStore, context_length: int):
         if context_length < 1:
-            raise ValueError(f"context_length={context_length} must be at least 1")
+            raise ValueError(f"context_length={context_length} must be at least 1.")
         self.store = store
         self.context_length = context_length
-        # indexing a plain array is ten times faster than indexing a memory map, and reads the same pages
+        # indexing a plain array is ten times as fast as indexing a memory map, and reads the same pages
         self._tokens = store.tokens.view(np.ndarray)
 
     def __getstate__(self) -> dict:
@@ -71,34 +72,35 @@ class Rows(Dataset):
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Row:
-        # the range knows negative indices and raises the IndexError that ends a for loop
+        # a range handles negative indices, and raises the IndexError that ends a for loop
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Row]:
         return RowBatch(self._gather(np.asarray(indices, dtype=np.int64)))
 
     def _gather(self, indices: np.ndarray) -> np.ndarray:
-        """(n,) -> (n, context_length + 1) of the store's type."""
+        """Return the tokens of rows: (n,) -> (n, context_length + 1) of the store's dtype."""
         raise NotImplementedError
 
-    def _join(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The tokens of pieces of the store one after the other, (sum of sizes,)."""
-        places = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
-        places += np.arange(len(places))
-        # (every place is inside: the mode only tells numpy not to check)
-        return self._tokens.take(places, mode="wrap")
+    def _concatenate(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Concatenate pieces of the store: begins (n,) and sizes (n,) -> (sum of sizes,)."""
+        positions = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
+        positions += np.arange(len(positions))
+        # all positions are in range: this mode is faster because it does not check
+        return self._tokens.take(positions, mode="wrap")
 
 
 def _check_one_row(store: TokenStore, context_length: int) -> None:
     if store.num_tokens < context_length + 1:
         raise ValueError(
-            f"corpus {store.folder} has {store.num_tokens} tokens, a row of context_length={context_length} needs "
-            f"{context_length + 1}; give more text, or a context_length of at most {store.num_tokens - 1}"
+            f"corpus {store.folder} has {store.num_tokens} tokens, and one row of context_length={context_length} "
+            f"requires {context_length + 1}. Provide more text, or set context_length to at most "
+            f"{store.num_tokens - 1}."
         )
 
 
 class WindowRows(Rows):
-    """Base of the views whose rows are windows of the store, told by where they start."""
+    """Base class of rows that are windows of consecutive tokens, given by their start positions."""
 
     def __init__(self, store: TokenStore, context_length: int):
         super().__init__(store, context_length)
@@ -112,31 +114,8 @@ class WindowRows(Rows):
         return windows[self._starts(indices)]
 
 
-class SlidingWindowRows(WindowRows):
-    """Windows of `max_length` every `stride` tokens: with a smaller stride they overlap, with a larger one skip."""
-
-    def __init__(self, store: TokenStore, max_length: int, stride: int):
-        super().__init__(store, max_length)
-        if stride < 1:
-            raise ValueError(f"stride={stride} must be at least 1")
-        self.stride = stride
-
-    def __len__(self) -> int:
-        return len(range(0, self.store.num_tokens - self.context_length, self.stride))
-
-    def _starts(self, indices: np.ndarray) -> np.ndarray:
-        return indices * self.stride
-
-
-class ContextRows(SlidingWindowRows):
-    """Row k predicts tokens `k * T + 1` to `k * T + T` of the store: every token once, but for a tail below T."""
-
-    def __init__(self, store: TokenStore, context_length: int):
-        super().__init__(store, context_length, stride=context_length)
-
-
 class RandomWindowRows(WindowRows):
-    """`num_rows` windows at random places an epoch, as nanoGPT draws its batches."""
+    """`num_rows` windows per epoch at random positions, like nanoGPT's batches."""
 
     def __init__(self, store: TokenStore, context_length: int, num_rows: int, seed: int = 0):
         super().__init__(store, context_length)
@@ -147,20 +126,21 @@ class RandomWindowRows(WindowRows):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         last_start = self.store.num_tokens - self.context_length - 1
-        self._places = seeded_generator(self.seed, epoch).integers(0, last_start, size=self.num_rows, endpoint=True)
+        rng = seeded_generator(self.seed, epoch)
+        self._random_starts = rng.integers(0, last_start, size=self.num_rows, endpoint=True)
 
     def __len__(self) -> int:
         return self.num_rows
 
     def _starts(self, indices: np.ndarray) -> np.ndarray:
-        return self._places[indices]
+        return self._random_starts[indices]
 
 
 class ShuffledDocumentRows(Rows):
-    """`ContextRows` of the store with its documents in another order each epoch.
+    """Rows cut from the concatenated documents, which are shuffled each epoch.
 
-    Rows are of constant length, and over the epochs a token is seen at every position and after other documents; the
-    tail that is too short for a row is another one each time.
+    All rows have the same length. Over the epochs a token occurs at different positions and after different documents.
+    The tail that is too short for a row is dropped, a different one each epoch.
     """
 
     def __init__(self, store: TokenStore, context_length: int, seed: int = 0):
@@ -170,14 +150,14 @@ class ShuffledDocumentRows(Rows):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the documents for an epoch; the order depends on nothing but the seed and the epoch."""
+        """Shuffle the documents. The order depends only on the seed and the epoch."""
         self.epoch = epoch
         order = seeded_generator(self.seed, epoch).permutation(self.store.num_documents)
-        # the EOS that the store begins with stays in front, as a document of one token
+        # the store's first token, an EOS, stays in front as a document of one token
         lengths = np.concatenate([[1], np.diff(self.store.offsets)[order]])
-        # (num_documents + 2,): where the documents begin in the shuffled order, and its end
+        # (num_documents + 2,): start positions of the documents in the shuffled order, and its end
         self._begins = np.concatenate([[0], np.cumsum(lengths)])
-        # (num_documents + 1,): from a place in the shuffled order to the place in the store
+        # (num_documents + 1,): offset from a position in the shuffled order to the position in the store
         self._shifts = np.concatenate([[0], self.store.offsets[order]]) - self._begins[:-1]
 
     def __len__(self) -> int:
@@ -188,32 +168,35 @@ class ShuffledDocumentRows(Rows):
         row_begins = indices * self.context_length
         first = np.searchsorted(self._begins, row_begins, side="right") - 1
         last = np.searchsorted(self._begins, row_begins + width, side="left") - 1
-        # one segment for each document in each row
+        # one segment per document and row
         counts = last - first + 1
         row = np.repeat(np.arange(len(indices)), counts)
         document = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(len(row))
         begins = np.maximum(self._begins[document], row_begins[row])
         ends = np.minimum(self._begins[document + 1], row_begins[row] + width)
         lengths = ends - begins
-        return self._join(begins + self._shifts[document], lengths).reshape(len(indices), width)
+        return self._concatenate(begins + self._shifts[document], lengths).reshape(len(indices), width)
 
 
 class AlignedDocumentRows(Rows):
-    """Rows that begin with a document, in another order of the documents each epoch.
+    """Rows that each begin at the start of a document, as in nanochat, with the documents shuffled each epoch.
 
-    The first input of a row is the EOS before a document; documents follow each other until the row is full, and its
-    end cuts the last one, which another time is seen whole. So every token has all of its document before it that a
-    row can hold, while in `ShuffledDocumentRows` a row's first document lacks its beginning, as it never does in
-    evaluation or use (nanochat's rows are such too). A document longer than a row is cut into whole rows of its own:
-    the first at its beginning, the last at its end, those between from a random place on.
+    The first input of a row is the EOS before a document. Documents follow until the row is full, and the last one is
+    truncated. So every token sees as much of its own document as fits in a row, as in evaluation and use. In
+    `ShuffledDocumentRows`, by contrast, the first document of a row lacks its beginning. A document longer than a row
+    is cut into full rows of its own: the first begins at its start, the last ends at its end, and the ones between
+    begin at a random offset.
 
-    A share of the rows begins with the document's first token instead, without the EOS before it: many programs
-    tokenize a prompt without special tokens, and a model that has never seen such a text writes nonsense after it.
+    A share of the rows begins with the document's first token, without the EOS. Many programs tokenize prompts without
+    special tokens, and a model that was never trained on such text generates nonsense after it.
 
-    An epoch has as many rows as the corpus fills. What the cuts leave out is made up for by other documents, which
-    then come twice.
+    The number of rows per epoch is that of `ShuffledDocumentRows`. Some documents occur twice per epoch, to replace
+    the truncated text.
 
     Args:
+        store: tokens and document offsets.
+        context_length: T.
+        seed: seed of the shuffles.
         bare_share: share of the rows that begin without the EOS.
     """
 
@@ -221,18 +204,18 @@ class AlignedDocumentRows(Rows):
         super().__init__(store, context_length)
         _check_one_row(store, context_length)
         if not 0 <= bare_share <= 1:
-            raise ValueError(f"bare_share={bare_share} is a share of the rows: choose one in [0, 1].")
+            raise ValueError(f"bare_share={bare_share} must be in [0, 1].")
         self.seed = seed
         self.bare_share = bare_share
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the rows of an epoch; they depend on nothing but the seed, the epoch and the share."""
+        """Lay out the rows of an epoch. They depend only on the seed, the epoch and `bare_share`."""
         self.epoch = epoch
         rng = seeded_generator(self.seed, epoch)
         passes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         num_rows = num_pieces = 0
-        # one pass over the documents makes too few rows, where many are cut, or some too many
+        # one pass over the documents makes too few rows if many are truncated, or a few too many
         while num_rows < len(self):
             pieces, counts = self._one_pass(rng)
             firsts = num_pieces + np.cumsum(counts) - counts
@@ -240,24 +223,24 @@ class AlignedDocumentRows(Rows):
             passes.append((pieces, firsts[rows], counts[rows]))
             num_rows += len(rows)
             num_pieces += pieces.shape[1]
-        # (2, num_pieces): where a piece of a row begins in the store, and its tokens
+        # (2, num_pieces): start in the store and number of tokens of each piece of a row
         self._pieces = np.concatenate([pieces for pieces, _, _ in passes], axis=1)
-        # (num_rows,): a row's first piece, and how many it has
+        # (num_rows,): first piece and number of pieces of each row
         self._firsts = np.concatenate([firsts for _, firsts, _ in passes])
         self._counts = np.concatenate([counts for _, _, counts in passes])
-        # Without the EOS in front a row needs one more token at its end, and the store's last token has none after it.
+        # Without the EOS a row needs one more token at its end, and the store's last token has no successor.
         lasts = self._pieces[:, self._firsts + self._counts - 1]
         has_next = lasts.sum(axis=0) < self.store.num_tokens
         self._is_bare = (rng.random(len(self)) < self.bare_share) & has_next
 
     def _one_pass(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces (2, num_pieces) in the order of their rows, and the number of pieces in each row, (num_rows,)."""
+        """Return the pieces (2, num_pieces) in row order, and the number of pieces of each row (num_rows,)."""
         offsets = np.asarray(self.store.offsets)
         lengths = np.diff(offsets)
         is_long = lengths >= self.context_length
-        windows = _windows(offsets[:-1][is_long], lengths[is_long], self.context_length, rng)
+        windows = _cut_long_documents(offsets[:-1][is_long], lengths[is_long], self.context_length, rng)
         order = rng.permutation(np.flatnonzero(~is_long))
-        packed, counts = _pack(offsets[order], lengths[order], self.context_length)
+        packed, counts = _pack_short_documents(offsets[order], lengths[order], self.context_length)
         alone = np.stack([windows, np.full_like(windows, self.context_length)])
         return np.concatenate([alone, packed], axis=1), np.concatenate([np.ones_like(windows), counts])
 
@@ -268,28 +251,41 @@ class AlignedDocumentRows(Rows):
         counts = self._counts[indices]
         firsts = np.cumsum(counts) - counts
         begins, sizes = self._pieces[:, np.repeat(self._firsts[indices] - firsts, counts) + np.arange(counts.sum())]
-        # the first input is the token before the first target
+        # the first input is the token before the first target, except in bare rows
         is_bare = self._is_bare[indices]
         begins[firsts] -= ~is_bare
         sizes[firsts] += ~is_bare
         sizes[firsts + counts - 1] += is_bare
-        return self._join(begins, sizes).reshape(len(indices), self.context_length + 1)
+        return self._concatenate(begins, sizes).reshape(len(indices), self.context_length + 1)
 
 
-def _windows(begins: np.ndarray, lengths: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Where windows of `size` begin that cover documents of at least that length: each its first and its last window,
-    and between them every `size` tokens from a random place on."""
+def _cut_long_documents(begins: np.ndarray, lengths: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return start positions of windows of `size` tokens that cover documents of at least that length.
+
+    A document gets a window at its start, one at its end, and one every `size` tokens from a random offset between.
+
+    Args:
+        begins, lengths: (n,) start and length of each document.
+        size: tokens per window.
+        rng: source of the offsets.
+    """
     phases = rng.integers(1, size, size=len(begins), endpoint=True)
     inner = np.maximum(0, -((lengths - size - phases) // -size))
     counts = 1 + inner + (lengths > size)
     document = np.repeat(np.arange(len(begins)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    places = np.where(number == 0, 0, phases[document] + (number - 1) * size)
-    return begins[document] + np.minimum(places, lengths[document] - size)
+    starts = np.where(number == 0, 0, phases[document] + (number - 1) * size)
+    return begins[document] + np.minimum(starts, lengths[document] - size)
 
 
-def _pack(begins: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill rows with documents in their order, each row anew, its last document cut; the last row takes some again.
+def _pack_short_documents(begins: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill rows with documents in order, truncating the last document of each row.
+
+    The next row begins with the next document. The last row is filled with documents from the beginning.
+
+    Args:
+        begins, lengths: (n,) start and length of each document.
+        size: tokens per row.
 
     Returns:
         Pieces (2, num_pieces) and the number of pieces in each row, (num_rows,).
@@ -299,7 +295,7 @@ def _pack(begins: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarra
         return np.zeros((2, 0), np.int64), np.zeros(0, np.int64)
     begins, lengths = np.resize(begins, number + size), np.resize(lengths, number + size)
     ends = np.cumsum(lengths)
-    # from a row's first document to the one after its last
+    # (n,): if a row begins with document i, the next row begins with following[i]
     following = (np.searchsorted(ends, ends[:number] - lengths[:number] + size) + 1).tolist()
     firsts = [0]
     while following[firsts[-1]] < number:
@@ -311,11 +307,11 @@ def _pack(begins: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarra
 
 
 class DocumentRows(Rows):
-    """Rows for evaluation: every token and every EOS of the store predicted exactly once.
+    """Rows for evaluation: every token and every EOS of the store is predicted exactly once.
 
-    A row begins with a document, its first input the EOS before it, and holds as many whole documents as fit; only a
-    document longer than a row is cut, and what follows its last piece are again whole documents. Rows are up to
-    `context_length` long and not padded: the collator does that.
+    A row begins with the EOS before a document and contains as many whole documents as fit. Only a document longer
+    than a row is cut, and whole documents follow its last piece. Rows have up to `context_length` tokens, and the
+    collator pads them.
     """
 
     def __init__(self, store: TokenStore, context_length: int):
@@ -326,7 +322,7 @@ class DocumentRows(Rows):
             begin = begins[-1]
             end = int(offsets[np.searchsorted(offsets, begin + context_length, side="right") - 1])
             begins.append(end if end > begin else begin + context_length)
-        # (num_rows + 1,): the first target of each row, and the end
+        # (num_rows + 1,): position of the first target of each row, and the end
         self._begins = np.array(begins)
 
     def __len__(self) -> int:

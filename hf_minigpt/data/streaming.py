@@ -1,11 +1,11 @@
-"""Training rows from a corpus that is never stored: read, shuffled and tokenized while the model trains.
+"""Stream training rows from a corpus that is read, shuffled and tokenized while the model trains.
 
-A process's rows follow from the corpus, the seed and its number alone, and a place in them is a few integers (a
-`Position`): a run is resumed by reading one shard from a row on, not by replaying what it has seen.
+The rows of a process depend only on the corpus, the seed and the process index. A place in them is a `Position` of a
+few integers, so a run resumes by reading one shard from some row, without replaying what it has seen.
 
-Each epoch puts the shards into another order and deals them out to the processes. A process reads its shards in that
-order, collects a block of documents, shuffles the block, and cuts the documents, one after another with an EOS
-between, into rows. The shuffle of a block depends on nothing but where the block begins.
+Each epoch shuffles the shards and divides them among the processes. A process reads its shards in that order, collects
+a block of documents, shuffles the block, concatenates the documents with an EOS between, and cuts them into rows. The
+shuffle of a block depends only on the seed, the process and the position where the block begins.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..atomic import made_at_once
+from ..atomic import atomic_folder
 from ..tokenization import num_ids, tokenizer_fingerprint
-from .corpora import Documents, ShardedDocuments
-from .rows import Row, RowBatch
+from .corpora import Documents, ShardedDocuments, json_digest
+from .rows import Row, RowBatch, seeded_generator
 from .token_store import TokenStore, TokenStoreWriter, tokenize, warn_of_share
 
 
-# Chunks of rows, of about 60,000 tokens each, that are made before they are asked for.
-NUM_AHEAD = 8
+# Number of chunks of rows, of about 60,000 tokens each, that are prepared in advance.
+NUM_PREFETCHED = 8
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in a process's stream of tokens.
+    """A position in the token stream of a process.
 
     Attributes:
-        epoch: passes over the corpus.
-        shard: where the current block of documents begins: number in the process's order of this epoch, and
-        row: in that shard.
-        document: number in the shuffled block.
-        token: of the EOS before that document, and its ids.
+        epoch: number of finished passes over the corpus.
+        shard: index, in the process's order of this epoch, of the shard where the current block of documents begins.
+        row: row in that shard where the block begins.
+        document: index of the document in the shuffled block.
+        token: index of the token in the document, with the EOS before the document as token 0.
     """
 
     epoch: int = 0
@@ -57,30 +57,30 @@ class Position:
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document is for validation: it depends on its text alone, so no copy of it is trained on."""
+    """Return whether a document is held out. It depends only on its text and the seed, so copies are held out too."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 class StreamedRows(Dataset):
-    """`num_rows` rows of a stream without end: item i is `{"input_ids": (T,), "shift_labels": (T,)}`, int64.
+    """Rows from an endless stream. Item i is `{"input_ids": (T,), "shift_labels": (T,)}`, int64.
 
-    Items can only be asked for in their order (`train_sampling_strategy="sequential"`), by the process that they
-    belong to: batch i is one of process `i % num_processes`. An epoch of the Trainer is the whole run; the stream
-    goes over the corpus as often as that takes.
+    Items must be requested in order (`train_sampling_strategy="sequential"`) and by their process: batch i belongs to
+    process `i % num_processes`. One epoch of the Trainer is the whole run, which may pass over the corpus several
+    times.
 
     Args:
         documents: the corpus.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         context_length: T.
-        num_rows: of all processes together.
-        rows_per_batch: of one process.
-        num_processes, process_index: with fewer shards than processes, all read all shards and take every
+        num_rows: number of rows of all processes.
+        rows_per_batch: number of rows in a batch of one process.
+        num_processes, process_index: with fewer shards than processes, each process reads all shards and uses every
             `num_processes`-th document.
-        seed: of the shuffles.
-        shuffle_characters: documents are shuffled in blocks of this many characters; two blocks are in memory.
-        validation_fraction, split_seed: of `is_held_out`; those documents are left out.
-        num_workers: threads that tokenize; default: this process's share of the cores.
+        seed: seed of the shuffles.
+        shuffle_characters: documents are shuffled in blocks of this many characters, two of which are in memory.
+        validation_fraction, split_seed: arguments of `is_held_out`. Held-out documents are skipped.
+        num_workers: number of tokenizer threads. The default is this process's share of the cores.
     """
 
     def __init__(
@@ -111,16 +111,16 @@ class StreamedRows(Dataset):
         self.validation_fraction = validation_fraction
         self.split_seed = split_seed
         self.num_workers = num_workers or max(1, (os.cpu_count() or 1) // num_processes)
-        # by this process's rows: where the next batches begin
+        # positions where the next batches begin, by the number of rows that this process has read
         self._positions = {0: Position()}
         self._stream: Iterator[tuple[np.ndarray, list[Position]]] | None = None
         self._next_row = 0
 
     def fingerprint(self) -> str:
-        """Changes when the rows do."""
+        """Return a digest that changes if the rows change."""
         names = ("context_length", "num_rows", "rows_per_batch", "num_processes", "seed", "shuffle_characters")
         settings = [getattr(self, name) for name in (*names, "validation_fraction", "split_seed")]
-        return _digest(self.documents.fingerprint, tokenizer_fingerprint(self.tokenizer), settings)
+        return json_digest(self.documents.fingerprint, tokenizer_fingerprint(self.tokenizer), settings)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -134,8 +134,8 @@ class StreamedRows(Dataset):
         in_order = list(indices) == list(range(indices[0], indices[0] + len(indices)))
         if not in_order or batch % self.num_processes != self.process_index:
             raise ValueError(
-                f"process {self.process_index} was asked for rows {list(indices)[:4]}...: rows of a stream are read "
-                "in their order only. Set train_sampling_strategy='sequential' and the batch size of the run."
+                f"process {self.process_index} cannot read rows {list(indices)[:4]}...: streamed rows must be read in "
+                "order. Set train_sampling_strategy='sequential', and the batch size of the run."
             )
         if self._stream is None or first != self._next_row:
             self._start(first)
@@ -144,11 +144,11 @@ class StreamedRows(Dataset):
     def _start(self, row: int) -> None:
         if row not in self._positions:
             raise ValueError(
-                f"row {row} of a stream was asked for, of which {self._next_row} are read, and no position there is "
-                "known: resume from a checkpoint that this run has written."
+                f"streamed row {row} cannot be read: {self._next_row} rows have been read, and the position of this "
+                "row is unknown. Resume from a checkpoint of this run."
             )
         self.close()
-        self._stream = _ahead(self._chunks(self._positions[row]))
+        self._stream = _prefetch(self._chunks(self._positions[row]))
         self._next_row = row
         self._rows = np.zeros((0, self.context_length + 1))
         self._following: deque[Position] = deque()
@@ -164,32 +164,32 @@ class StreamedRows(Dataset):
             position = self._following.popleft()
         self._next_row += number
         self._positions[self._next_row] = position
-        # the Trainer reads a batch or two ahead of what it trains on
+        # the Trainer reads only a batch or two ahead
         while len(self._positions) > 64:
             del self._positions[min(self._positions)]
         return taken
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop prefetching."""
         if self._stream is not None:
             self._stream.close()  # type: ignore[attr-defined]
             self._stream = None
 
     def save_position(self, folder: str | Path, num_rows: int) -> None:
-        """Write down where this process goes on after its first `num_rows` rows."""
+        """Save the position of this process after its first `num_rows` rows."""
         position = dataclasses.asdict(self._positions[num_rows])
         content = {"num_rows": num_rows, "position": position}
         self._position_file(folder).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def load_position(self, folder: str | Path) -> None:
-        """Know the place that `save_position` wrote down, so that the row there can be asked for.
+        """Load the position that `save_position` saved, so that reading can resume there.
 
         Raises:
-            ValueError: the folder is not from a streaming run of as many processes.
+            ValueError: the folder is not a checkpoint of a streaming run with as many processes.
         """
         path = self._position_file(folder)
         if not path.is_file():
-            raise ValueError(f"{path} is missing: {folder} is no checkpoint of a run with --streaming.")
+            raise ValueError(f"{path} is missing: {folder} is not a checkpoint of a run with --streaming.")
         content = json.loads(path.read_text(encoding="utf-8"))
         self._positions = {0: Position(), content["num_rows"]: Position(**content["position"])}
 
@@ -197,24 +197,24 @@ class StreamedRows(Dataset):
         return Path(folder, f"stream_{self.process_index}.json")
 
     def _shards(self, epoch: int) -> list[int]:
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.documents.num_shards)
+        order = seeded_generator(self.seed, epoch).permutation(self.documents.num_shards)
         is_split = self.documents.num_shards >= self.num_processes
         return (order[self.process_index :: self.num_processes] if is_split else order).tolist()
 
-    def _is_for_here(self, text: str, row: int) -> bool:
+    def _is_for_this_process(self, text: str, row: int) -> bool:
         if self.documents.num_shards < self.num_processes and row % self.num_processes != self.process_index:
             return False
         return bool(text.strip()) and not is_held_out(text, self.validation_fraction, self.split_seed)
 
     def _blocks(self, position: Position) -> Iterator[tuple[Position, list[str]]]:
-        """Blocks of documents in the order of the corpus, each with where it begins."""
+        """Yield blocks of documents in the order of the corpus, each with the position where it begins."""
         first_shard, row = position.shard, position.row
         for epoch in itertools.count(position.epoch):
             begin, block, size, is_empty = Position(epoch, first_shard, row), [], 0, epoch > position.epoch
             shards = self._shards(epoch)
             for number in range(first_shard, len(shards)):
                 for text, row in self.documents.read(shards[number], row):  # noqa: B020
-                    if not self._is_for_here(text, row):
+                    if not self._is_for_this_process(text, row):
                         continue
                     block.append(text)
                     size += len(text)
@@ -227,13 +227,14 @@ class StreamedRows(Dataset):
                 yield begin, block
             if is_empty:
                 raise ValueError(
-                    f"corpus {self.documents.name} has no documents to train on for process {self.process_index} of "
-                    f"{self.num_processes}, but for those held out; lower validation_fraction, or use fewer processes"
+                    f"corpus {self.documents.name} has no training documents for process {self.process_index} of "
+                    f"{self.num_processes}. Lower validation_fraction={self.validation_fraction}, or use fewer "
+                    "processes."
                 )
             first_shard = row = 0
 
     def _shuffled(self, start: Position) -> Iterator[tuple[str, Position]]:
-        """Documents from a position on, each with its own."""
+        """Yield shuffled documents from a position, each with its own position."""
         skipped = start.document
         for begin, block in self._blocks(start):
             entropy = [self.seed, begin.epoch, begin.shard, begin.row, self.process_index]
@@ -243,12 +244,12 @@ class StreamedRows(Dataset):
             skipped = 0
 
     def _chunks(self, start: Position) -> Iterator[tuple[np.ndarray, list[Position]]]:
-        """Rows (n, T + 1) from a position on, and of each where the next one begins."""
+        """Yield rows (n, T + 1) from a position, and for each row the position where the next one begins."""
         width = self.context_length
         batches = tokenize(self._shuffled(start), self.tokenizer, self.num_workers)
         tokens, first = np.zeros(0, np.int64), 0
         skipped = start.token
-        # where documents begin, counted in tokens from that of `start`
+        # start of each document, in tokens from the start of the first one
         begins: deque[tuple[int, Position]] = deque()
         begins_document = True
         with contextlib.closing(batches):
@@ -270,19 +271,19 @@ class StreamedRows(Dataset):
                 if count == 0:
                     continue
                 following = []
-                for place in range(first + width, first + count * width + 1, width):
-                    while len(begins) > 1 and begins[1][0] <= place:
+                for row_start in range(first + width, first + count * width + 1, width):
+                    while len(begins) > 1 and begins[1][0] <= row_start:
                         begins.popleft()
                     begin, position = begins[0]
-                    following.append(dataclasses.replace(position, token=place - begin))
+                    following.append(dataclasses.replace(position, token=row_start - begin))
                 windows = np.lib.stride_tricks.sliding_window_view(tokens, width + 1)[: count * width : width]
                 yield windows, following
                 tokens, first = tokens[count * width :], first + count * width
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, made by a thread some time before they are asked for; closing it ends the thread."""
-    results: queue.Queue = queue.Queue(NUM_AHEAD)
+def _prefetch(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield items that a thread prepares in advance. Closing the iterator ends the thread."""
+    results: queue.Queue = queue.Queue(NUM_PREFETCHED)
     is_closed = threading.Event()
 
     def put(result: tuple[Any, BaseException | None]) -> None:
@@ -297,7 +298,7 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
                 if is_closed.is_set():
                     break
         except BaseException as error:
-            # it is raised where the items are read
+            # raised in the consumer
             put((None, error))
         finally:
             items.close()  # type: ignore[attr-defined]
@@ -317,12 +318,12 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class StreamedCorpus:
-    """A corpus to train on by streaming, and the documents of its beginning that are held out.
+    """A streamed corpus and its held-out set.
 
     Attributes:
         documents: the corpus.
-        validation: the held-out documents among the first ones.
-        num_sampled: how many these were.
+        validation: the held-out documents among the first `num_sampled` documents.
+        num_sampled: number of documents that were searched for held-out ones.
     """
 
     documents: ShardedDocuments
@@ -330,7 +331,7 @@ class StreamedCorpus:
     num_sampled: int
 
     def describe(self) -> dict[str, str]:
-        """For people: what is trained on and held out."""
+        """Describe the training data and the held-out set."""
         return {
             "Trained on": f"a stream of {self.documents.num_shards:,} shards",
             "Held out": f"{self.validation.num_documents:,} documents, {self.validation.num_tokens:,} tokens",
@@ -340,14 +341,14 @@ class StreamedCorpus:
 def sample_documents(
     documents: ShardedDocuments, number: int, *, held_out: bool, validation_fraction: float, seed: int
 ) -> Documents:
-    """Of the first documents, in a seeded order of the shards, those that are held out, or the others."""
+    """Return the held-out documents, or the other ones, among the first documents of the shuffled shards."""
 
     def read() -> Iterator[str]:
         for text in _first_documents(documents, number, seed):
             if is_held_out(text, validation_fraction, seed) == held_out:
                 yield text
 
-    fingerprint = _digest(documents.fingerprint, number, held_out, validation_fraction, seed)
+    fingerprint = json_digest(documents.fingerprint, number, held_out, validation_fraction, seed)
     return Documents(documents.name, fingerprint, read)
 
 
@@ -366,19 +367,19 @@ def prepare_stream(
     validation_fraction: float,
     seed: int = 0,
 ) -> StreamedCorpus:
-    """Tokenize the held-out documents among the first `num_sampled`; later calls find them in `cache_dir`.
+    """Tokenize the held-out documents among the first `num_sampled` ones into `cache_dir`, or find them there.
 
-    Warns if they are not about that share of the text: documents of a stream are held out whole.
+    Warns if their share of the text is far from `validation_fraction`, since whole documents are held out.
 
     Raises:
-        ValueError: none of them is held out.
+        ValueError: none of these documents is held out.
     """
     held_out = sample_documents(
         documents, num_sampled, held_out=True, validation_fraction=validation_fraction, seed=seed
     )
-    folder = Path(cache_dir) / _digest("stream", held_out.fingerprint, tokenizer_fingerprint(tokenizer))
+    folder = Path(cache_dir) / json_digest("stream", held_out.fingerprint, tokenizer_fingerprint(tokenizer))
     if not folder.is_dir():
-        with made_at_once(folder) as work:
+        with atomic_folder(folder) as work:
             writer = TokenStoreWriter(work / "validation", tokenizer.eos_token_id, num_ids(tokenizer))
             num_documents = 0
             for pieces, encoded in tokenize(((text, None) for text in held_out), tokenizer, os.cpu_count() or 1):
@@ -387,18 +388,14 @@ def prepare_stream(
                     num_documents += piece.ends_document
             if num_documents == 0:
                 raise ValueError(
-                    f"none of the first {num_sampled} documents of {documents.name} is held out at "
-                    f"validation_fraction={validation_fraction}; raise --streaming_sample or --validation_fraction"
+                    f"none of the first {num_sampled} documents of {documents.name} is held out with "
+                    f"validation_fraction={validation_fraction}. Increase --streaming_sample or --validation_fraction."
                 )
             sampled = _first_documents(documents, num_sampled, seed)
             writer.close(sampled_bytes=sum(len(text.encode()) for text in sampled))
     validation = TokenStore.open(folder / "validation")
-    # stores of earlier versions do not say it
+    # stores of earlier versions lack this field
     if sampled_bytes := validation.manifest.get("sampled_bytes"):
         source = f"the first {num_sampled} documents of {documents.name}"
         warn_of_share(source, validation_fraction, sampled_bytes - validation.num_bytes, validation.num_bytes)
     return StreamedCorpus(documents, validation, num_sampled)
-
-
-def _digest(*content: Any) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""The corpus as token ids, written once and read from disk by everything that trains or evaluates on it."""
+"""Split a corpus into training and held-out documents, tokenize it once, and read the ids from disk."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..atomic import made_at_once
+from ..atomic import atomic_folder
 from ..tokenization import (
     PIECE_LENGTH,
     Text,
@@ -34,16 +34,17 @@ from .corpora import Documents
 
 FORMAT_VERSION = 1
 
-# Characters. A document is handed to the tokenizer in pieces of about PIECE_LENGTH, a thread takes pieces of about
-# BATCH_LENGTH at a time: memory stays bounded however long a book is.
+# In characters. Documents are tokenized in pieces of about PIECE_LENGTH, and a thread tokenizes pieces of about
+# BATCH_LENGTH in total at a time, which bounds the memory.
 BATCH_LENGTH = 1 << 18
 
-# Counts up when other documents are held out than before.
+# Incremented when the choice of held-out documents changes.
 SPLIT_VERSION = 2
-# UTF-8 bytes. Neither part of a document of several is shorter: a held-out loss of a few words says nothing.
-SHORTEST_PART = 256
-# UTF-8 bytes on either side of the place where a document is to be split, searched for a good one.
-SPLIT_REACH = 1 << 20
+# In UTF-8 bytes. One of several documents is divided only into parts of at least this size, since a held-out loss over
+# a few words is meaningless.
+MIN_PART_BYTES = 256
+# In UTF-8 bytes. Range on both sides of the intended split position that is searched for a paragraph or line break.
+SPLIT_SEARCH_BYTES = 1 << 20
 
 TRAIN, VALIDATION, DUPLICATE = 0, 1, 2
 
@@ -52,11 +53,11 @@ class TokenStore:
     """Documents as one flat array of token ids on disk: `[EOS, document 0, EOS, document 1, EOS, ...]`.
 
     Attributes:
-        tokens: (num_tokens,) uint16 where the vocabulary fits, else uint32; memory-mapped.
-        offsets: (num_documents + 1,) int64; document i with the EOS that ends it is
-            `tokens[offsets[i] : offsets[i + 1]]`, and `offsets[0] == 1`.
-        manifest: what the store holds and how it was made.
-        folder: where it lies.
+        folder: folder of the store.
+        manifest: sizes of the store, and the fingerprints of what it was made from.
+        tokens: (num_tokens,) memory-mapped ids, uint16 if the vocabulary fits and uint32 otherwise.
+        offsets: (num_documents + 1,) int64. Document i with its final EOS is `tokens[offsets[i] : offsets[i + 1]]`,
+            and `offsets[0] == 1`.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], tokens: np.memmap, offsets: np.ndarray):
@@ -67,10 +68,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
-        """Open a written store; nothing is read yet.
+        """Open a store without reading its tokens.
 
         Raises:
-            ValueError: no store there, one of another format, or a file of another size than was written.
+            ValueError: the folder is no token store, or has another format version or a file of the wrong size.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
@@ -78,13 +79,13 @@ class TokenStore:
             path = folder / name
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
-                raise ValueError(f"{path} has {found} bytes instead of {size}; delete {folder} to tokenize again")
+                raise ValueError(f"{path} has {found} bytes instead of {size}. Delete {folder} to tokenize again.")
         tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
         offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         return cls(folder, manifest, tokens, offsets)
 
     def __reduce__(self) -> tuple:
-        # a data loader's worker process opens the files itself: pickling a memory map would copy the whole corpus
+        # data loader workers open the files themselves, since pickling a memory map would copy the whole corpus
         return TokenStore.open, (self.folder,)
 
     def __repr__(self) -> str:
@@ -96,12 +97,12 @@ class TokenStore:
 
     @property
     def num_tokens(self) -> int:
-        """Token ids in the store, the `num_documents + 1` separators counted."""
+        """Number of token ids in the store, including the `num_documents + 1` separators."""
         return self.manifest["num_tokens"]
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the documents, separators not counted."""
+        """Number of UTF-8 bytes of the documents, without separators."""
         return self.manifest["num_bytes"]
 
     @property
@@ -112,23 +113,23 @@ class TokenStore:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no token store: it has no manifest.json")
+        raise ValueError(f"{folder} is not a token store: it has no manifest.json.")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} is a token store of format {manifest['format_version']}, this code reads {FORMAT_VERSION}; "
-            "delete it to tokenize again"
+            f"{folder} is a token store of format {manifest['format_version']}, and this code reads format "
+            f"{FORMAT_VERSION}. Delete it to tokenize again."
         )
     return manifest
 
 
 def ids_dtype(vocab_size: int) -> np.dtype:
-    """The smallest that holds the ids."""
+    """Return the smallest unsigned integer type that can represent the ids."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class TokenStoreWriter:
-    """Writes a `TokenStore` document by document, in constant memory but for 8 bytes a document."""
+    """Writes a `TokenStore` document by document, with 8 bytes of memory per document."""
 
     def __init__(self, folder: str | Path, eos_token_id: int, vocab_size: int):
         self.folder = Path(folder)
@@ -143,7 +144,13 @@ class TokenStoreWriter:
         self._file.write(self._eos)
 
     def add(self, ids: np.ndarray, num_bytes: int, ends_document: bool = True) -> None:
-        """Append ids of a document, `num_bytes` of its text, and after the last of them the EOS."""
+        """Append ids of a document, and the EOS if they are its last ones.
+
+        Args:
+            ids: (n,) token ids.
+            num_bytes: UTF-8 bytes of their text.
+            ends_document: whether the document ends here.
+        """
         self._file.write(ids.astype(self.dtype, copy=False).tobytes())
         self._num_tokens += len(ids)
         self.num_bytes += num_bytes
@@ -153,7 +160,7 @@ class TokenStoreWriter:
             self._offsets.append(self._num_tokens)
 
     def close(self, **details: Any) -> None:
-        """Finish the files; the manifest, with `details` in it, comes last."""
+        """Close the files, then write the manifest, including `details`."""
         self._file.close()
         np.save(self.folder / "offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
         manifest = {
@@ -175,13 +182,13 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A corpus ready for training, split into two parts.
+    """A tokenized corpus, split into training and held-out documents.
 
     Attributes:
         train, validation: the two parts.
-        num_duplicates: documents left out because another has exactly the same text.
-        num_empty: documents left out because they have none.
-        folder: where both parts lie.
+        num_duplicates: number of documents left out because their text equals that of another one.
+        num_empty: number of documents left out because they have no text.
+        folder: folder of both parts.
     """
 
     train: TokenStore
@@ -191,7 +198,7 @@ class PreparedCorpus:
     folder: Path
 
     def describe(self) -> dict[str, str]:
-        """For people: what is trained on, held out and left out."""
+        """Describe the training data, the held-out set and what was left out."""
         return {
             "Trained on": f"{self.train.num_documents:,} documents, {self.train.num_tokens:,} tokens",
             "Held out": f"{self.validation.num_documents:,} documents, {self.validation.num_tokens:,} tokens",
@@ -208,26 +215,30 @@ def prepare_corpus(
     seed: int = 0,
     num_workers: int | None = None,
 ) -> PreparedCorpus:
-    """Tokenize a corpus once into `cache_dir`; later calls with the same text, tokenizer and options reuse it.
+    """Tokenize a corpus into `cache_dir`, or reuse the result of an earlier call with the same arguments.
 
-    Exact duplicates are removed first. Documents are held out in an order that depends on their text and the seed, not
-    on where they stand. If that many whole documents are not about that share of the text, documents are taken up to
-    the share, and of the one in which it ends the last part, from a paragraph break, else a line or a word, on. So is
-    a corpus of a single document split. Warns if the share still comes out more than a third off.
-    Several processes may call at once: each works in a folder of its own, and the first to finish wins.
+    Exact duplicates are removed first. The documents are then put in an order that depends only on their text and the
+    seed, and the first ones are held out: a share `validation_fraction` of the documents. If that is not about the
+    same share of the text, documents are held out up to the share of the text instead, and the last of them is divided
+    at a paragraph break, or else at a line or word break, so that only its end is held out. A corpus of one document
+    is divided in the same way. A warning is issued if the result is off by more than a third.
+
+    Several processes may call this at once: each works in its own folder, and the first to finish wins.
 
     Args:
-        documents: read twice, long files piece by piece.
-        cache_dir: each corpus gets a folder of its own in it.
-        validation_fraction: share of the text to hold out.
-        seed: of the choice.
-        num_workers: threads; all cores by default.
+        documents: the corpus, read twice, with long files in pieces.
+        tokenizer: tokenizer of the model.
+        cache_dir: folder in which each corpus gets a folder.
+        validation_fraction: share of the text to hold out, between 0 and 1.
+        seed: seed of the choice of held-out documents.
+        num_workers: number of threads. The default is the number of cores.
 
     Raises:
-        ValueError: no text, a fraction outside (0, 1), a corpus that changes while it is read, or a damaged cache.
+        ValueError: the corpus has no text or changes while it is read, the fraction is outside (0, 1), or the cache is
+            damaged.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, both excluded")
+        raise ValueError(f"validation_fraction={validation_fraction} must be greater than 0 and less than 1.")
     details = {
         "documents": documents.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -235,12 +246,12 @@ def prepare_corpus(
         "seed": seed,
         "format_version": FORMAT_VERSION,
     }
-    # beside the details, which say what a run was trained on: most splits are the same in both versions
+    # not part of the details, which identify a run's data: most splits are the same in both versions
     content = json.dumps(details | {"split_version": SPLIT_VERSION}, sort_keys=True)
     fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
-        with made_at_once(folder) as work:
+        with atomic_folder(folder) as work:
             _write_corpus(documents, tokenizer, work, details, num_workers or os.cpu_count() or 1)
     manifest = _read_manifest(folder)
     train, validation = TokenStore.open(folder / "train"), TokenStore.open(folder / "validation")
@@ -255,19 +266,25 @@ def prepare_corpus(
 
 
 def warn_of_share(source: str, fraction: float, num_train: int, num_held_out: int) -> None:
-    """Warn if the share of the text that is held out is more than a third off; sizes in bytes."""
+    """Warn if the held-out share of the text differs from the requested one by more than a third.
+
+    Args:
+        source: the corpus, for the message.
+        fraction: requested share.
+        num_train, num_held_out: sizes of the parts in bytes.
+    """
     total = num_train + num_held_out
-    if not _is_about(num_held_out, fraction * total, total):
+    if not _is_close(num_held_out, fraction * total, total):
         warnings.warn(
-            f"validation_fraction={fraction:g} asks for {fraction * total:,.0f} of the {total:,} bytes of "
-            f"{source}, and {num_held_out:,} ({num_held_out / total:.1%}) are held out: its documents are too few and "
-            "cannot be split. Give more text, or another validation_fraction.",
+            f"validation_fraction={fraction:g} requests {fraction * total:,.0f} of the {total:,} bytes of {source}, "
+            f"but {num_held_out:,} ({num_held_out / total:.1%}) are held out, because there are too few documents and "
+            "they cannot be divided. Provide more text, or change validation_fraction.",
             stacklevel=3,
         )
 
 
-def _is_about(num_held_out: float, wanted: float, total: int) -> bool:
-    return abs(num_held_out - wanted) <= wanted / 3 and total - num_held_out >= (total - wanted) * 2 / 3
+def _is_close(num_held_out: float, requested: float, total: int) -> bool:
+    return abs(num_held_out - requested) <= requested / 3 and total - num_held_out >= (total - requested) * 2 / 3
 
 
 def _write_corpus(
@@ -276,11 +293,11 @@ def _write_corpus(
     split = _split(documents, details["validation_fraction"], details["seed"])
     num_empty = documents.num_empty
     if not (split.parts != DUPLICATE).any():
-        raise ValueError(f"corpus {documents.name} has no text: {num_empty} documents, all empty")
+        raise ValueError(f"corpus {documents.name} has no text: all of its {num_empty} documents are empty.")
     eos_token_id = tokenizer.eos_token_id
     writers = [TokenStoreWriter(work / name, eos_token_id, num_ids(tokenizer)) for name in ("train", "validation")]
     with tqdm(total=split.num_bytes, desc="Tokenizing", unit="B", unit_scale=True) as progress:
-        for pieces, encoded in tokenize(_parts(documents, split), tokenizer, num_workers):
+        for pieces, encoded in tokenize(_texts_with_parts(documents, split), tokenizer, num_workers):
             for piece, ids in zip(pieces, encoded, strict=True):
                 size = _num_bytes(piece.text)
                 writers[piece.tag].add(ids, size, piece.ends_document)
@@ -301,13 +318,14 @@ def _write_corpus(
 
 @dataclass(frozen=True)
 class _Split:
-    """What is held out of a corpus.
+    """The division of a corpus into training and held-out text.
 
     Attributes:
-        parts: (num_documents,) uint8, of each document.
-        num_bytes: UTF-8 bytes of all documents that are kept.
-        divided: the document, one for training in `parts`, of which the end is held out; None if there is none.
-        begin, size: of it, in bytes: about where the held-out end begins, and the whole.
+        parts: (num_documents,) uint8: TRAIN, VALIDATION or DUPLICATE.
+        num_bytes: UTF-8 bytes of all documents without duplicates.
+        divided: index of a document, TRAIN in `parts`, whose end is held out, or None.
+        begin: approximate position in that document, in bytes, where the held-out end begins.
+        size: size of that document in bytes.
     """
 
     parts: np.ndarray
@@ -329,7 +347,7 @@ def _split(documents: Documents, validation_fraction: float, seed: int) -> _Spli
         digests += digest.digest()
         sizes.append(size)
     high, low = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2).T
-    # sorted by keyed digest, which is a seeded shuffle that does not depend on the order of the documents
+    # sorting by keyed digest is a seeded shuffle that does not depend on the order of the documents
     order = np.lexsort((low, high))
     is_repeated = np.zeros(len(order), dtype=bool)
     is_repeated[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
@@ -340,56 +358,67 @@ def _split(documents: Documents, validation_fraction: float, seed: int) -> _Spli
     num_bytes = int(kept_sizes.sum())
     if num_bytes == 0:
         return _Split(parts, 0)
-    number, begin = _share(kept_sizes, validation_fraction, documents.can_be_split)
+    number, begin = _choose_held_out(kept_sizes, validation_fraction, documents.can_be_split)
     parts[kept[:number]] = VALIDATION
     if begin is None:
         return _Split(parts, num_bytes)
     return _Split(parts, num_bytes, divided=int(kept[number]), begin=begin, size=int(kept_sizes[number]))
 
 
-def _share(sizes: np.ndarray, fraction: float, can_be_split: bool) -> tuple[int, int | None]:
-    """How many documents are held out, the first ones, and from which byte on the one after them, if it is split."""
-    ends = np.cumsum(sizes)
-    total, wanted = int(ends[-1]), fraction * int(ends[-1])
-    if len(sizes) == 1:
-        return 0, total - round(wanted)
+def _choose_held_out(sizes: np.ndarray, fraction: float, can_be_split: bool) -> tuple[int, int | None]:
+    """Choose how many of the shuffled documents to hold out.
 
-    def is_about(number: int) -> bool:
-        return _is_about(int(ends[number - 1]), wanted, total)
+    Args:
+        sizes: (n,) bytes of the documents in shuffled order.
+        fraction: share of the text to hold out.
+        can_be_split: whether a document may be divided.
+
+    Returns:
+        The number of documents held out from the beginning, and the byte from which the next document is held out too,
+        or None if it is not divided.
+    """
+    ends = np.cumsum(sizes)
+    total, requested = int(ends[-1]), fraction * int(ends[-1])
+    if len(sizes) == 1:
+        return 0, total - round(requested)
+
+    def is_close(number: int) -> bool:
+        return _is_close(int(ends[number - 1]), requested, total)
 
     by_count = min(max(1, round(fraction * len(sizes))), len(sizes) - 1)
-    if is_about(by_count):
+    if is_close(by_count):
         return by_count, None
-    # the document in which the share ends: without it, with it, or with a part of it
-    last = min(int(np.searchsorted(ends, wanted)), len(sizes) - 1)
-    needed = round(wanted) - int(ends[last] - sizes[last])
+    # the share is reached in this document: leave it out, include it, or divide it
+    last = min(int(np.searchsorted(ends, requested)), len(sizes) - 1)
+    needed = round(requested) - int(ends[last] - sizes[last])
     whole = last + int(2 * needed > sizes[last])
     whole = min(max(1, whole), len(sizes) - 1)
-    long_enough = needed >= SHORTEST_PART and sizes[last] - needed >= SHORTEST_PART
-    if is_about(whole) or not can_be_split or not long_enough:
+    is_long_enough = needed >= MIN_PART_BYTES and sizes[last] - needed >= MIN_PART_BYTES
+    if is_close(whole) or not can_be_split or not is_long_enough:
         return whole, None
     return last, int(sizes[last]) - needed
 
 
-def _parts(documents: Documents, split: _Split) -> Iterator[tuple[Text, int]]:
-    """The texts with the part that each is for, to be read in this order."""
+def _texts_with_parts(documents: Documents, split: _Split) -> Iterator[tuple[Text, int]]:
+    """Yield each text with its part, TRAIN or VALIDATION. The texts must be read in this order."""
     for number, (document, part) in enumerate(itertools.zip_longest(documents.in_pieces(), split.parts.tolist())):
         if document is None or part is None:
-            raise ValueError(f"corpus {documents.name} changed while it was read; run again when it is complete")
+            raise ValueError(f"corpus {documents.name} changed while it was read. Run again when it is complete.")
         if number == split.divided:
-            yield from _divided(document, split, documents.name)
+            yield from _divide_document(document, split, documents.name)
         elif part != DUPLICATE:
             yield document, part
 
 
 def held_out_documents(documents: Documents, *, validation_fraction: float = 0.1, seed: int = 0) -> Iterator[str]:
-    """The texts that `prepare_corpus` holds out with these arguments: the corpus is read twice, nothing written."""
+    """Return the texts that `prepare_corpus` holds out with these arguments, without writing a token store."""
     split = _split(documents, validation_fraction, seed)
-    return ("".join(text) for text, part in _parts(documents, split) if part == VALIDATION)
+    return ("".join(text) for text, part in _texts_with_parts(documents, split) if part == VALIDATION)
 
 
-def _divided(document: Iterable[str], split: _Split, name: str) -> Iterator[tuple[Iterable[str], int]]:
-    reach = min(min(split.begin, split.size - split.begin) // 3, SPLIT_REACH)
+def _divide_document(document: Iterable[str], split: _Split, name: str) -> Iterator[tuple[Iterable[str], int]]:
+    """Yield the beginning of a document for training and its end for validation, each in pieces."""
+    reach = min(min(split.begin, split.size - split.begin) // 3, SPLIT_SEARCH_BYTES)
     pieces = iter(document)
     held_out = []
 
@@ -404,16 +433,17 @@ def _divided(document: Iterable[str], split: _Split, name: str) -> Iterator[tupl
             near += piece
             if num_before + _num_bytes(near) > split.begin + reach:
                 break
-        begin = _border(near, split.begin - num_before, reach)
+        begin = _split_position(near, split.begin - num_before, reach)
         if num_before + begin == 0 or begin == len(near):
             raise ValueError(
-                f"corpus {name} is one document of {len(near)} characters, too short to hold out a part of it"
+                f"corpus {name} is one document of {len(near)} characters, too short to hold out a part of it. "
+                "Provide more text."
             )
         held_out.append(near[begin:])
         yield near[:begin]
 
     def validation() -> Iterator[str]:
-        # whoever wants this part only has not read the other
+        # the beginning is still unread if the caller needs only this part
         for _ in beginning:
             pass
         yield from held_out
@@ -424,11 +454,11 @@ def _divided(document: Iterable[str], split: _Split, name: str) -> Iterator[tupl
     yield validation(), VALIDATION
 
 
-def _border(text: str, target: int, reach: int) -> int:
-    """Where to split a text, in characters: near byte `target`, at most `reach` bytes away."""
+def _split_position(text: str, target: int, reach: int) -> int:
+    """Return where to split a text, in characters, at most `reach` bytes away from byte `target`."""
     data = text.encode()
     first, target, last = (len(data[: target + step].decode(errors="ignore")) for step in (-reach, 0, reach))
-    # a paragraph break if there is one nearby, else a line break, a space, or any place
+    # prefer a paragraph break, then a line break, then a space
     for pattern in (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+"):
         ends = [match.end() for match in re.compile(pattern).finditer(text, first, last)]
         if ends:
@@ -438,14 +468,14 @@ def _border(text: str, target: int, reach: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document's text, with a tag that all its pieces share."""
+    """A piece of a document's text, with the document's tag."""
 
     text: str
     tag: Any
     ends_document: bool
 
 
-def _cut_before_spaces(text: Text) -> Iterator[str]:
+def _cut_into_pieces(text: Text) -> Iterator[str]:
     return cut_before_spaces(text, PIECE_LENGTH)
 
 
@@ -474,16 +504,19 @@ def _batches(texts: Iterable[tuple[Text, Any]], cut: Callable[[Text], Iterator[s
 def tokenize(
     texts: Iterable[tuple[Text, Any]], tokenizer: PreTrainedTokenizerFast, num_workers: int
 ) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
-    """Ids of tagged texts in threads, some batches ahead of the consumer; in order, long texts in several pieces.
+    """Tokenize tagged texts in threads, a few batches ahead of the consumer, in order and with long texts in pieces.
 
     Args:
-        texts: plain text, that of special tokens too, whole or in pieces that are read in this order; and tags.
+        texts: texts with tags. A text is a string or pieces, which are read in order, and special tokens in it are
+            encoded as plain text.
+        tokenizer: tokenizer of the model.
+        num_workers: number of threads.
 
-    Returns:
-        Batches of pieces, and of each the ids, (num_tokens,) uint16 where the vocabulary fits, else uint32.
+    Yields:
+        A batch of pieces, and the ids of each piece, (num_tokens,) uint16 if the vocabulary fits and uint32 otherwise.
     """
     encoder = plain_text_encoder(tokenizer)
-    cut = _cut_before_spaces if splits_before_spaces(encoder) else _keep_whole
+    cut = _cut_into_pieces if splits_before_spaces(encoder) else _keep_whole
     dtype = ids_dtype(num_ids(tokenizer))
 
     def encode(pieces: list[Piece]) -> list[np.ndarray]:
@@ -500,9 +533,9 @@ def _num_bytes(text: str) -> int:
 def _map_in_order(
     encode: Callable[[list[Piece]], list[np.ndarray]], batches: Iterable[list[Piece]], num_workers: int
 ) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
-    """`encode` in threads (it releases the interpreter lock), a bounded number of batches ahead of the consumer."""
+    """Call `encode`, which releases the interpreter lock, in threads, a few batches ahead of the consumer."""
     pending: deque[tuple[list[Piece], Future]] = deque()
-    with _one_thread_a_call(), ThreadPoolExecutor(num_workers) as pool:
+    with _without_tokenizer_threads(), ThreadPoolExecutor(num_workers) as pool:
         for batch in batches:
             pending.append((batch, pool.submit(encode, batch)))
             if len(pending) > 2 * num_workers:
@@ -514,8 +547,8 @@ def _map_in_order(
 
 
 @contextlib.contextmanager
-def _one_thread_a_call() -> Iterator[None]:
-    """Our threads are the parallelism. The library's own would also make it warn in every data loader worker."""
+def _without_tokenizer_threads() -> Iterator[None]:
+    """Disable the threads of the tokenizers library, which would also make it warn in every data loader worker."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ..atomic import made_at_once
+from ..atomic import atomic_folder
 from ..data.corpora import Documents, ShardedDocuments, load_documents, stream_documents
 from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
 from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sample_documents
@@ -134,5 +134,5 @@ def training_rows(
 
 def _train_and_save(documents: Iterable[str], vocab_size: int, length: int, folder: Path) -> None:
     tokenizer = train_tokenizer(documents, vocab_size, model_max_length=length)
-    with made_at_once(folder) as work:
+    with atomic_folder(folder) as work:
         tokenizer.save_pretrained(work)

@@ -1,5 +1,5 @@
-# ruff: noqa: E501 - a table has a line a case
-"""Odd files through the data of all three jobs: read rightly, or refused with file, place, column and remedy."""
+# ruff: noqa: E501 - tables have one line per case
+"""Unusual files are read correctly by all three jobs, or refused with an error that names file, place and remedy."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ TEXTS = ["NA", 'say, "so"', "two\nlines", "ü🙂", "null", "7"]
 ROWS = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
 CSV = 'text,n\r\nNA,0\r\n"say, ""so""",1\r\n"two\nlines",2\r\nü🙂,3\r\nnull,4\r\n7,5\r\n'.encode()
 
-# name, content; all hold TEXTS
+# name and content of files that all contain TEXTS
 GOOD = [
     ("lines.jsonl", lines(*ROWS)),
     ("lines.json", lines(*ROWS)),
@@ -73,7 +73,7 @@ GOOD = [
     ("A.CSV.GZ", gzip.compress(CSV)),
     ("a.json.zst", zst(array(*ROWS))),
     ("a.parquet.gz", gzip.compress(parquet(ROWS))),
-    # a column that nobody asks for may appear late, change its type, or be anything
+    # a column that is not requested may appear late, change its type, or contain anything
     ("late.jsonl", lines(*[row | {"x": x} for row, x in zip(ROWS, [None, 1, "b", [1], {"y": 2}, True], strict=True)])),
     ("long.jsonl", lines(*ROWS).replace(b'"n": 3', b'"n": ' + b"9" * 5000)),
     ("long.json", array(*ROWS).replace(b'"n": 3', b'"n": ' + b"9" * 5000)),
@@ -82,9 +82,9 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("name", "content"), GOOD, ids=[name for name, _ in GOOD])
-def test_every_job_reads_it(name, content, tmp_path):
+def test_every_job_reads_the_file(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    # what the name would match as a pattern
+    # files that the name would match as a glob
     for other in ("a1.csv", "ab.CSV"):
         if other != name:
             (tmp_path / other).write_text("text,n\nanother,1\n")
@@ -113,7 +113,7 @@ def csv_of(rows) -> bytes:
     return ("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)).encode()
 
 
-# name, content, options, the class of each of the two texts in turn
+# name, content, options, and the classes of the two texts
 LABELS = [
     ("names.csv", csv_of(review_rows("ab", ["negative", "positive"])), {}, ["negative", "positive"]),
     ("numbers.csv", csv_of(review_rows("ab", [0, 1])), {}, ["negative", "positive"]),
@@ -139,7 +139,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize(("name", "content", "options", "expected"), LABELS)
-def test_labels(name, content, options, expected, tmp_path):
+def test_labels_are_mapped_to_classes(name, content, options, expected, tmp_path):
     if isinstance(content, tuple):
         features, rows = content
         Dataset.from_list(rows, features).to_parquet(tmp_path / name)
@@ -160,12 +160,12 @@ def bad(**values) -> dict:
     return GOOD_ROW | values
 
 
-# name, content, what the message says beside the file's name, and the jobs that read this column
+# name, content, pattern of the error message, and the jobs that refuse the file: pretraining, reviews, sft
 BAD = [
     ("latin.csv", "text,label,prompt,completion\nB\xe4r,1,a,b\n".encode("latin1"), r"line 2.*0xe4.*WINDOWS-1252", "prs"),
     ("latin.jsonl", lines(GOOD_ROW) + '{"text": "B\xe4r"}\n'.encode("latin1"), r"line 2.*0xe4.*WINDOWS-1252", "prs"),
-    ("utf16.csv", "text,label\na,1\n".encode("utf-16"), r"UTF-16", "prs"),
-    ("utf16.json", array(GOOD_ROW).decode().encode("utf-16"), r"UTF-16", "prs"),
+    ("utf16.csv", "text,label\na,1\n".encode("utf-16"), r"is UTF-16 text", "prs"),
+    ("utf16.json", array(GOOD_ROW).decode().encode("utf-16"), r"is UTF-16 text", "prs"),
     ("utf32.jsonl", lines(GOOD_ROW).decode().encode("utf-32-le"), r"binary", "prs"),
     ("empty.csv", b"", "is empty", "prs"),
     ("blank.jsonl", b"\n \n", "is empty", "prs"),
@@ -173,7 +173,7 @@ BAD = [
     ("none.json", b"[]", "is empty", "prs"),
     ("cut.jsonl", lines(*[GOOD_ROW] * 6) + b'{"text": "a', r"line 7, cannot be read", "prs"),
     ("cut.json", array(*[GOOD_ROW] * 6)[:-9], r"row 6, cannot be read", "prs"),
-    ("two.json", array(GOOD_ROW) + b" 1", r"something follows its array", "prs"),
+    ("two.json", array(GOOD_ROW) + b" 1", r"there is text after its array", "prs"),
     ("comma.json", array(GOOD_ROW, GOOD_ROW).replace(b"}, {", b"} {"), r"row 1, .*a comma", "prs"),
     ("list.jsonl", b'["text"]\n["a"]\n', r"row 1 is 'text' and must be an object", "prs"),
     ("strings.jsonl", lines(GOOD_ROW) + b'"text"\n', r"line 2 is 'text' and must be an object", "prs"),
@@ -181,20 +181,20 @@ BAD = [
     ("not.csv.gz", b"text\na\n", r"cannot be read", "prs"),
     ("not.json.zst", b"{}", r"cannot be read", "prs"),
     ("not.parquet", b"text\na\n", r"cannot be read", "prs"),
-    ("quote.csv", b'text,label,prompt,completion\nfine,1,a,b\n"a"b,1,a,b\n', r"line 3, cannot be read.*doubled", "prs"),
+    ("quote.csv", b'text,label,prompt,completion\nfine,1,a,b\n"a"b,1,a,b\n', r"line 3, cannot be read.*Double the", "prs"),
     ("open.csv", b'text,label,prompt,completion\n"never closed,1,a,b\n', r"line 2, cannot be read", "prs"),
     ("ragged.csv", b"text,label,prompt,completion\nfine,1,a,b\na, b,1,a,b\n", r"line 3, has 5 fields", "prs"),
     ("short.csv", b"text,label,prompt,completion\nfine,1,a,b\nfine,1\n", r"line 3, has 2 fields", "prs"),
     ("twice.csv", b"text,text,label,prompt,prompt\nfine,1,a,b,c\n", r"two columns 'text'", "prs"),
     ("column.jsonl", lines({"body": "a"}), r"no column 'text'.*'body'", "pr"),
     ("column.parquet", parquet([{"body": "a"}]), r"no column 'text'.*'body'", "pr"),
-    ("surrogate.jsonl", lines(GOOD_ROW, bad(text="\ud83d", prompt="\ud83d")), r"line 2.*(text|prompt).*half of a character", "prs"),
-    ("number.jsonl", lines(GOOD_ROW, bad(text=3)), r"line 2: column 'text' holds int, not text: 3", "pr"),
+    ("surrogate.jsonl", lines(GOOD_ROW, bad(text="\ud83d", prompt="\ud83d")), r"line 2.*(text|prompt).*unpaired surrogate", "prs"),
+    ("number.jsonl", lines(GOOD_ROW, bad(text=3)), r"line 2: column 'text' contains int, not text: 3", "pr"),
     ("bool.jsonl", lines(GOOD_ROW, bad(text=True, prompt=True)), r"line 2.*(text|prompt).*bool", "prs"),
     ("parts.jsonl", lines(bad(text=["a", "b"], prompt=[1])), r"line 1.*(text|prompt).*", "prs"),
     ("object.json", array(GOOD_ROW, bad(text={"a": 1}, prompt={"a": 1})), r"row 2.*(text|prompt).*dict", "prs"),
-    ("number.parquet", parquet([{"text": 3, "label": 1}]), r"row 1: column 'text' holds int", "pr"),
-    ("late.jsonl", lines(*[GOOD_ROW] * 18_000) + b"{\n", r"line 18001, cannot be read", "prs"),
+    ("number.parquet", parquet([{"text": 3, "label": 1}]), r"row 1: column 'text' contains int", "pr"),
+    ("late.jsonl", lines(*[GOOD_ROW] * 3000) + b"{\n", r"line 3001, cannot be read", "prs"),
     ("label.csv", b"text,label\na,0\nb,1\nc,2\n", r"line 4: label '2' is neither.*label_map 2=negative", "r"),
     ("label.jsonl", lines(bad(label=0), bad(label=[1])), r"line 2: label '\[1\]' is neither", "r"),
     ("role.jsonl", lines({"messages": [{"role": "boss", "content": "a"}]}), r"line 1: messages\[0\]\.role is 'boss'", "s"),
@@ -202,23 +202,23 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "content", "message", "jobs"), BAD, ids=[row[0] for row in BAD])
-def test_every_job_refuses_it(name, content, message, jobs, tmp_path):
+def test_every_job_refuses_the_file(name, content, message, jobs, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    doors = {
+    loaders = {
         "p": lambda: list(load_documents(path)),
         "r": lambda: load_reviews(path),
         "s": lambda: to_conversations(load_records(str(path))),
     }
     for job in jobs:
         with pytest.raises(ValueError) as error:
-            doors[job]()
+            loaders[job]()
         text = str(error.value)
         assert str(path) in text and re.search(message, text.replace(str(path), name), re.DOTALL), (job, text)
 
 
 @pytest.mark.parametrize(("name", "content", "message", "jobs"), BAD, ids=[row[0] for row in BAD])
-def test_the_recipes_refuse_it_before_a_model_is_made(name, content, message, jobs, tmp_path, monkeypatch):
+def test_recipes_refuse_the_file_before_they_make_a_model(name, content, message, jobs, tmp_path, monkeypatch):
     path = tmp_path / name
     path.write_bytes(content)
     flags = ["--dataset", str(path), "--output_dir", str(tmp_path / "out")]
@@ -229,14 +229,14 @@ def test_the_recipes_refuse_it_before_a_model_is_made(name, content, message, jo
         "s": [(sft, "embedded_base", cache)],
     }
     for job in jobs:
-        for recipe, makes_a_model, more in recipes[job]:
-            monkeypatch.setattr(recipe, makes_a_model, None)
+        for recipe, model_function, more in recipes[job]:
+            monkeypatch.setattr(recipe, model_function, None)
             with pytest.raises(ValueError) as error:
                 recipe.main([*flags, *more])
             assert str(path) in str(error.value), recipe
 
 
-def test_null_and_empty_texts_are_left_out_and_counted(tmp_path):
+def test_missing_and_empty_texts_are_skipped_and_counted(tmp_path):
     rows = review_rows("ab", [0, 1])
     odd = [{"text": text, "label": 0} for text in (None, "", " \n", float("nan"))]
     (tmp_path / "a.jsonl").write_bytes(lines(*rows, *odd, {"label": 1}))
@@ -250,7 +250,7 @@ def test_null_and_empty_texts_are_left_out_and_counted(tmp_path):
     assert "NA" in splits.train.texts + splits.validation.texts + splits.test.texts
 
 
-def test_splits_by_the_names_of_files(tmp_path):
+def test_file_names_decide_the_split(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for name, letter in (("train-00000-of-00002", "a"), ("train-00001-of-00002", "b"), ("test-00000-of-00001", "c")):
@@ -270,7 +270,7 @@ def test_splits_by_the_names_of_files(tmp_path):
         load_reviews(folder, train_split="dev")
 
 
-def test_a_pattern_that_matches_nothing_is_said(tmp_path):
+def test_glob_without_supported_files_is_named(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     assert find_files("owner/name") is None
     for pattern in ("*.csv", "*.pdf"):
@@ -279,7 +279,7 @@ def test_a_pattern_that_matches_nothing_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_a_separator_makes_documents_of_a_text_file(size, tmp_path, monkeypatch):
+def test_text_file_is_split_at_the_document_separator(size, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_minigpt.data.corpora.PIECE_LENGTH", size)
     stories = ["Once upon\na time.", "Then <b>\n\nan end.", "ünd aus"]
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n", encoding="utf-8")
@@ -292,11 +292,13 @@ def test_a_separator_makes_documents_of_a_text_file(size, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("marker", ["<|endoftext|>", "</s>", "<|end_of_story|>", "[SEP]"])
-def test_a_text_full_of_markers_is_refused_with_the_flag(tmp_path, marker):
+def test_text_file_with_separator_lines_requires_the_flag(tmp_path, marker):
     path = tmp_path / "a.txt"
     path.write_text(f"one\r\n{marker}\r\ntwo\r\n{marker}\r\n", newline="")
     for load in (load_documents, stream_documents):
-        with pytest.raises(ValueError, match=rf"a\.txt has 2 lines .*--document_separator '{re.escape(marker)}'"):
+        with pytest.raises(
+            ValueError, match=rf"a\.txt has 2 separator lines .*--document_separator '{re.escape(marker)}'"
+        ):
             load(tmp_path)
     assert list(load_documents(path, document_separator=marker)) == ["one", "two"]
     assert list(load_documents(path, document_separator="")) == [f"one\n{marker}\ntwo\n{marker}\n"]
@@ -304,17 +306,16 @@ def test_a_text_full_of_markers_is_refused_with_the_flag(tmp_path, marker):
     assert len(list(load_documents(path))) == 1
 
 
-def test_a_separator_without_use_is_said(tmp_path):
+def test_separator_without_effect_is_reported(tmp_path):
     (tmp_path / "a.txt").write_text("one text")
-    with pytest.warns(UserWarning, match=r"a\.txt does not hold document_separator='---'"):
+    with pytest.warns(UserWarning, match=r"a\.txt does not contain document_separator='---'"):
         assert list(load_documents(tmp_path, document_separator="---")) == ["one text"]
     for source, options in ((tmp_path, {"join_sentences": True}), (None, {})):
-        with pytest.raises(ValueError, match="document_separator='---' has no use"):
+        with pytest.raises(ValueError, match="document_separator='---' has no effect"):
             load_documents(source, document_separator="---", **options)
 
 
-def test_a_large_file_is_never_all_in_memory(tmp_path, monkeypatch):
-    """The first row comes before the second part of the file is read."""
+def test_first_row_of_a_large_array_needs_only_the_first_part_of_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(array(*[{"text": "a" * 1000}] * 1000, indent=0))
     opened = []
     plain = files.open_bytes

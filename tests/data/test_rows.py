@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_minigpt.data.collators import LanguageModelCollator
-from hf_minigpt.data.rows import (
-    AlignedDocumentRows,
-    ContextRows,
-    DocumentRows,
-    RandomWindowRows,
-    ShuffledDocumentRows,
-    SlidingWindowRows,
-)
+from hf_minigpt.data.course import SlidingWindowRows
+from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, RandomWindowRows, ShuffledDocumentRows
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
 
 
@@ -28,7 +22,7 @@ LENGTHS = st.lists(st.integers(1, 12) | st.integers(30, 60), min_size=1, max_siz
 
 
 def store_of(lengths, folder):
-    """A store whose documents have these lengths and whose tokens are all different."""
+    """Return a store of documents of these lengths, in which all tokens differ."""
     writer = TokenStoreWriter(folder, eos_token_id=EOS, vocab_size=60_000)
     first = 1
     for length in lengths:
@@ -49,7 +43,7 @@ def with_store(lengths, check):
 
 
 def as_lists(rows):
-    """Every row as the tokens it was cut from, the shift between inputs and targets checked on the way."""
+    """Return the tokens of each row, and check that targets are the inputs shifted by one."""
     result = []
     for row in rows:
         inputs, targets = row["input_ids"], row["shift_labels"]
@@ -60,7 +54,6 @@ def as_lists(rows):
 
 
 VIEWS = {
-    "context": lambda store: ContextRows(store, 8),
     "aligned": lambda store: AlignedDocumentRows(store, 8, seed=3),
     "shuffled": lambda store: ShuffledDocumentRows(store, 8, seed=3),
     "document": lambda store: DocumentRows(store, 8),
@@ -70,7 +63,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_ways_to_index_agree(view, store):
+def test_rows_are_the_same_one_by_one_and_in_batches(view, store):
     rows = VIEWS[view](store)
     one_by_one = as_lists([rows[index] for index in range(len(rows))])
     assert as_lists(rows) == one_by_one
@@ -83,17 +76,17 @@ def test_ways_to_index_agree(view, store):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_pickle_carries_no_tokens(view, tmp_path):
+def test_pickled_rows_contain_no_tokens(view, tmp_path):
     store = store_of([5000, 5000], tmp_path / "store")
     rows = VIEWS[view](store)
     data = pickle.dumps(rows)
-    # (rows of documents know where each row begins, 8 bytes; aligned ones where their pieces lie)
+    # document rows store the start of each row (8 bytes), and aligned rows the positions of their pieces
     assert len(data) < 1500 + {"document": 8, "aligned": 40}.get(view, 0) * len(rows)
     assert as_lists(pickle.loads(data)) == as_lists(rows)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_data_loader_makes_batches(view, store):
+def test_data_loader_and_collator_keep_every_row(view, store):
     rows = VIEWS[view](store)
     loader = DataLoader(rows, batch_size=2, collate_fn=LanguageModelCollator(pad_token_id=59_999))
     batches = list(loader)
@@ -103,13 +96,13 @@ def test_data_loader_makes_batches(view, store):
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40))
-@settings(deadline=None)
-def test_context_rows(lengths, context_length):
+@settings(deadline=None, max_examples=60)
+def test_windows_as_far_apart_as_they_are_long_predict_every_token_once(lengths, context_length):
     def check(store):
         if store.num_tokens <= context_length:
             return
         stream = store.tokens.tolist()
-        rows = as_lists(ContextRows(store, context_length))
+        rows = as_lists(SlidingWindowRows(store, context_length, context_length))
         expected, start = [], 0
         while start + context_length < len(stream):
             expected.append(stream[start : start + context_length + 1])
@@ -123,68 +116,68 @@ def test_context_rows(lengths, context_length):
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
-@settings(deadline=None)
-def test_shuffled_document_rows(lengths, context_length, seed, epoch):
+@settings(deadline=None, max_examples=60)
+def test_shuffled_document_rows_have_each_document_once(lengths, context_length, seed, epoch):
     def check(store):
         if store.num_tokens <= context_length:
             return
         rows = ShuffledDocumentRows(store, context_length, seed=seed)
         rows.set_epoch(epoch)
-        assert len(rows) == len(ContextRows(store, context_length))
+        assert len(rows) == (store.num_tokens - 1) // context_length
         cut = as_lists(rows)
         assert all(len(row) == context_length + 1 for row in cut)
-        # each row goes on where the one before ended
+        # each row continues where the previous one ended
         stream = cut[0][:1] + [token for row in cut for token in row[1:]]
         assert [row[0] for row in cut[1:]] == [row[-1] for row in cut[:-1]]
-        # the stream is some documents, each once, in some order, the last perhaps cut off
+        # the stream consists of documents, each at most once, in some order, and only the last may be truncated
         assert stream[0] == EOS
         tokens = store.tokens.tolist()
         remaining = {tokens[begin]: tokens[begin:end] for begin, end in itertools.pairwise(store.offsets.tolist())}
-        place = 1
-        while place < len(stream):
-            document = remaining.pop(stream[place])
-            found = stream[place : place + len(document)]
+        position = 1
+        while position < len(stream):
+            document = remaining.pop(stream[position])
+            found = stream[position : position + len(document)]
             assert found == document[: len(found)]
-            place += len(document)
+            position += len(document)
         assert store.num_tokens - len(stream) < context_length
 
     with_store(lengths, check)
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99), epoch=st.integers(0, 99))
-@settings(deadline=None)
-def test_aligned_document_rows(lengths, context_length, seed, epoch):
+@settings(deadline=None, max_examples=60)
+def test_aligned_document_rows_begin_with_a_document(lengths, context_length, seed, epoch):
     def check(store):
         if store.num_tokens <= context_length:
             return
         rows = AlignedDocumentRows(store, context_length, seed=seed, bare_share=0)
         rows.set_epoch(epoch)
-        assert len(rows) == len(ContextRows(store, context_length))
+        assert len(rows) == (store.num_tokens - 1) // context_length
         tokens = store.tokens.tolist()
         documents = {tokens[begin]: tokens[begin:end] for begin, end in itertools.pairwise(store.offsets.tolist())}
         for row in as_lists(rows):
             assert len(row) == context_length + 1
             if row[0] != EOS or row[1] not in documents or len(documents[row[1]]) >= context_length:
-                # all of it from one long document, the first input the token before
-                place = tokens.index(row[1]) if row[1] != EOS else tokens.index(row[0]) + 1
-                assert row == tokens[place - 1 : place + context_length]
-                document = np.searchsorted(store.offsets, place, side="right") - 1
-                assert store.offsets[document + 1] >= place + context_length
+                # the whole row is from one long document, and the first input is the token before
+                begin = tokens.index(row[1]) if row[1] != EOS else tokens.index(row[0]) + 1
+                assert row == tokens[begin - 1 : begin + context_length]
+                document = np.searchsorted(store.offsets, begin, side="right") - 1
+                assert store.offsets[document + 1] >= begin + context_length
                 continue
-            # short documents, of which but the last all are whole
-            place = 1
-            while place < len(row):
-                document = documents[row[place]]
+            # short documents, of which only the last is truncated
+            position = 1
+            while position < len(row):
+                document = documents[row[position]]
                 assert len(document) < context_length
-                assert row[place : place + len(document)] == document[: len(row) - place]
-                place += len(document)
+                assert row[position : position + len(document)] == document[: len(row) - position]
+                position += len(document)
 
     with_store(lengths, check)
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40), seed=st.integers(0, 99))
-@settings(deadline=None)
-def test_bare_rows_lack_the_token_in_front_and_have_one_more_at_their_end(lengths, context_length, seed):
+@settings(deadline=None, max_examples=60)
+def test_bare_rows_are_shifted_by_one_token(lengths, context_length, seed):
     def check(store):
         if store.num_tokens <= context_length:
             return
@@ -192,28 +185,28 @@ def test_bare_rows_lack_the_token_in_front_and_have_one_more_at_their_end(length
         with_eos = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=0))
         bare = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=1))
         some = as_lists(AlignedDocumentRows(store, context_length, seed=seed, bare_share=0.5))
-        # ids are unique but for the EOS, so a row's last piece tells where it goes on
+        # all ids but the EOS are unique, so a row's last piece shows which token follows
         for row, bare_row, either in zip(with_eos, bare, some, strict=True):
             assert either in (row, bare_row)
             if bare_row != row:
                 assert bare_row[:-1] == row[1:]
                 last = next(i for i in range(len(row) - 1, -1, -1) if row[i] != EOS)
-                place = tokens.index(row[last]) + len(row) - last
-                assert bare_row[-1] == tokens[place]
+                assert bare_row[-1] == tokens[tokens.index(row[last]) + len(row) - last]
             else:
-                assert row[-1] == EOS  # the end of the store
+                # at the end of the store
+                assert row[-1] == EOS
 
     with_store(lengths, check)
 
 
-def test_bare_rows_have_their_share(tmp_path):
+def test_a_tenth_of_the_aligned_rows_is_bare(tmp_path):
     rows = AlignedDocumentRows(store_of([9] * 4000, tmp_path / "store"), 20, seed=0)
     assert 0.08 < np.mean([row[0] != EOS for row in as_lists(rows)]) < 0.12
     with pytest.raises(ValueError, match=r"bare_share=1\.5"):
         AlignedDocumentRows(rows.store, 20, bare_share=1.5)
 
 
-def test_aligned_rows_see_all_of_long_documents_and_soon_all_of_short_ones(tmp_path):
+def test_aligned_rows_cover_all_tokens_within_a_few_epochs(tmp_path):
     store = store_of([300, 41, 80, *[11] * 40, 7, 3], tmp_path / "store")
     rows = AlignedDocumentRows(store, 40, seed=0)
     everything = set(store.tokens.tolist()[1:])
@@ -222,14 +215,14 @@ def test_aligned_rows_see_all_of_long_documents_and_soon_all_of_short_ones(tmp_p
         rows.set_epoch(epoch)
         seen |= {token for row in as_lists(rows) for token in row[1:]}
     assert seen == everything
-    # each begins a row as it ends one up: a pass over the corpus has them all
+    # one pass over the corpus includes the beginning of each document
     pieces, counts = rows._one_pass(np.random.default_rng(0))
     assert counts.sum() == pieces.shape[1]
     assert set(pieces[0].tolist()) >= set(store.offsets[:-1].tolist())
 
 
 @pytest.mark.parametrize("view", [AlignedDocumentRows, ShuffledDocumentRows])
-def test_shuffle_depends_on_seed_and_epoch_alone(view, tmp_path):
+def test_shuffle_depends_only_on_seed_and_epoch(view, tmp_path):
     store = store_of(range(1, 60), tmp_path / "store")
 
     def rows_in(epoch, seed=0, earlier=()):
@@ -240,13 +233,19 @@ def test_shuffle_depends_on_seed_and_epoch_alone(view, tmp_path):
 
     assert rows_in(2) == rows_in(2, earlier=(5, 1)) == rows_in(2, earlier=(2,))
     assert as_lists(view(store, 16)) == rows_in(0)
-    different = [rows_in(0), rows_in(1), rows_in(0, seed=1), rows_in(1, seed=1), as_lists(ContextRows(store, 16))]
+    different = [
+        rows_in(0),
+        rows_in(1),
+        rows_in(0, seed=1),
+        rows_in(1, seed=1),
+        as_lists(SlidingWindowRows(store, 16, 16)),
+    ]
     assert all(different[i] != different[j] for i in range(5) for j in range(i))
 
 
 @given(lengths=LENGTHS, context_length=st.integers(1, 40))
-@settings(deadline=None)
-def test_document_rows(lengths, context_length):
+@settings(deadline=None, max_examples=60)
+def test_document_rows_pack_whole_documents_greedily(lengths, context_length):
     def check(store):
         tokens, offsets = store.tokens.tolist(), store.offsets.tolist()
         # greedy packing, one document at a time
@@ -267,7 +266,7 @@ def test_document_rows(lengths, context_length):
 
         rows = as_lists(DocumentRows(store, context_length))
         assert [row[1:] for row in rows] == expected
-        # every token once, each after the token it follows in the store
+        # every token once, after its predecessor in the store
         assert [token for row in rows for token in row[1:]] == tokens[1:]
         begins = np.cumsum([1] + [len(row) - 1 for row in rows])[:-1]
         assert [row[0] for row in rows] == [tokens[begin - 1] for begin in begins]
@@ -280,48 +279,36 @@ def test_document_rows(lengths, context_length):
     with_store(lengths, check)
 
 
-@pytest.mark.parametrize(("max_length", "stride"), [(4, 1), (4, 4), (4, 7), (60, 5), (117, 1)])
-def test_sliding_windows_are_those_of_the_course(max_length, stride, store):
-    token_ids = store.tokens.tolist()
-    assert len(token_ids) == 119
-    inputs, targets = [], []
-    for i in range(0, len(token_ids) - max_length, stride):
-        inputs.append(token_ids[i : i + max_length])
-        targets.append(token_ids[i + 1 : i + max_length + 1])
-    rows = list(SlidingWindowRows(store, max_length, stride))
-    assert [row["input_ids"].tolist() for row in rows] == inputs
-    assert [row["shift_labels"].tolist() for row in rows] == targets
-
-
-def test_random_windows(store):
+def test_random_windows_are_drawn_from_all_windows_of_the_store(store):
     stream = store.tokens.tolist()
     windows = {tuple(stream[start : start + 9]) for start in range(len(stream) - 8)}
-    rows = RandomWindowRows(store, 8, 3000, seed=1)
+    rows = RandomWindowRows(store, 8, 1500, seed=1)
     drawn = as_lists(rows)
-    assert len(drawn) == 3000
-    # all of them, the first and the last too, and nothing else
+    assert len(drawn) == 1500
+    # all windows, including the first and the last, and nothing else
     assert {tuple(row) for row in drawn} == windows
     rows.set_epoch(1)
     assert as_lists(rows) != drawn
     rows.set_epoch(0)
     assert as_lists(rows) == drawn
-    assert as_lists(RandomWindowRows(store, 8, 3000, seed=1)) == drawn
-    assert as_lists(RandomWindowRows(store, 8, 3000, seed=2)) != drawn
+    assert as_lists(RandomWindowRows(store, 8, 1500, seed=1)) == drawn
+    assert as_lists(RandomWindowRows(store, 8, 1500, seed=2)) != drawn
 
 
-@pytest.mark.parametrize("view", [AlignedDocumentRows, ContextRows, ShuffledDocumentRows])
-def test_shortest_corpus_that_makes_a_row(view, store):
+@pytest.mark.parametrize("view", [AlignedDocumentRows, ShuffledDocumentRows])
+def test_corpus_must_fill_one_row(view, store):
     assert len(view(store, 118)) == 1
     with pytest.raises(
-        ValueError, match=r"has 119 tokens, a row of context_length=119 needs 120;.*context_length of at most 118"
+        ValueError,
+        match=r"has 119 tokens, and one row of context_length=119 requires 120\..*context_length to at most 118",
     ):
         view(store, 119)
 
 
-def test_impossible_arguments(store):
+def test_invalid_arguments_are_refused(store):
     with pytest.raises(ValueError, match="context_length=0 must be at least 1"):
         DocumentRows(store, 0)
     with pytest.raises(ValueError, match="stride=0 must be at least 1"):
         SlidingWindowRows(store, 4, 0)
-    with pytest.raises(ValueError, match="context_length=500 needs 501"):
+    with pytest.raises(ValueError, match="context_length=500 requires 501"):
         RandomWindowRows(store, 500, 10)

@@ -14,7 +14,7 @@ from hf_minigpt.data.tales.grammar import tales
 from hf_minigpt.tokenization import train_tokenizer
 
 
-# one of them longer than a batch of the tokenizer in these tests, one empty, one twice
+# one is longer than a batch of the tokenizer in these tests, one is empty, and three occur twice
 TEXTS = [*tales(60, seed=1), " ".join(tales(20, seed=2)), "", "short", "Ünïcödé 🙂 中文", *tales(3, seed=1)]
 TRAINED_ON = {text for text in TEXTS if text and not is_held_out(text, 0.2, 0)}
 
@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Five shards in three formats, which make three files of rows and two of plain text."""
+    """Write three shards, two Parquet files and one of JSON lines."""
     folder = tmp_path_factory.mktemp("corpus")
     shares = [TEXTS[i::3] for i in range(3)]
     for i, texts in enumerate(shares[:2]):
@@ -47,14 +47,14 @@ def rows_of(corpus, tokenizer, num_rows=600, **options):
 
 
 def read(rows, begin, end):
-    """Rows of the one process there is, in batches."""
+    """Read the rows of a single process in batches."""
     size = rows.rows_per_batch
     batches = [rows.__getitems__(range(first, first + size)).tokens for first in range(begin, end, size)]
     return np.concatenate(batches)
 
 
 def documents_in(rows, tokenizer):
-    """The stream that rows were cut from, as texts: the last one is incomplete."""
+    """Return the texts of the stream that rows were cut from. The last one is incomplete."""
     assert (rows[1:, 0] == rows[:-1, -1]).all()
     stream = [*rows[:, :-1].reshape(-1).tolist(), rows[-1, -1].item()]
     assert stream[0] == tokenizer.eos_token_id
@@ -62,7 +62,7 @@ def documents_in(rows, tokenizer):
     return [tokenizer.decode(stream[begin + 1 : end]) for begin, end in itertools.pairwise([*ends, len(stream)])]
 
 
-def test_every_epoch_has_every_document_that_is_not_held_out_once(corpus, tokenizer):
+def test_each_epoch_has_each_training_document_once(corpus, tokenizer):
     rows = rows_of(corpus, tokenizer, num_rows=2000)
     texts = documents_in(read(rows, 0, 2000), tokenizer)
     rows.close()
@@ -72,12 +72,12 @@ def test_every_epoch_has_every_document_that_is_not_held_out_once(corpus, tokeni
     epochs = [texts[:size], texts[size : 2 * size]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == expected
     assert epochs[0] != epochs[1]
-    # shuffled over more than the neighbours
+    # shuffled over more than neighbouring documents
     assert epochs[0][:10] != [text for text in TEXTS if text in epochs[0][:10]]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_processes": 2, "process_index": 1}, {"num_processes": 5}])
-def test_goes_on_from_any_position_as_if_never_stopped(options, corpus, tokenizer, tmp_path):
+def test_resumed_stream_equals_an_uninterrupted_one(options, corpus, tokenizer, tmp_path):
     rows = rows_of(corpus, tokenizer, num_rows=10_000, **options)
     size, processes = rows.rows_per_batch, rows.num_processes
 
@@ -87,7 +87,7 @@ def test_goes_on_from_any_position_as_if_never_stopped(options, corpus, tokenize
 
     expected = batches(rows, 0, 120)
     rows.close()
-    # beyond one epoch, and with a data loader that has read a batch more than was trained on
+    # also beyond one epoch, and after the data loader has read a batch in advance
     for number in (0, 37, 101):
         other = rows_of(corpus, tokenizer, num_rows=10_000, **options)
         assert batches(other, 0, number + 1) == expected[: number + 1]
@@ -114,7 +114,7 @@ def test_processes_read_disjoint_documents(num_processes, corpus, tokenizer):
     assert sorted(found) == sorted(text for text in TEXTS if text in TRAINED_ON)
 
 
-def test_the_order_depends_on_the_seed_alone(corpus, tokenizer, monkeypatch):
+def test_order_depends_only_on_seed_and_block_size(corpus, tokenizer):
     def first(**options):
         rows = rows_of(corpus, tokenizer, **options)
         try:
@@ -130,14 +130,14 @@ def test_the_order_depends_on_the_seed_alone(corpus, tokenizer, monkeypatch):
     assert len(prints) == 3 and rows_of(corpus, tokenizer).fingerprint() in prints
 
 
-def test_shards_are_read_from_any_row_on(corpus, tmp_path, monkeypatch):
+def test_shards_are_read_from_any_row(corpus, tmp_path, monkeypatch):
     documents = stream_documents(corpus)
     for shard in range(documents.num_shards):
         everything = list(documents.read(shard))
         assert [row for _, row in everything] == list(range(1, len(everything) + 1))
         for start in (0, 1, len(everything) // 2, len(everything)):
             assert list(documents.read(shard, start)) == everything[start:]
-    # sentences are joined, and a document goes on with the row after its last
+    # each document of joined sentences comes with the row after its last one
     monkeypatch.setattr(corpora, "JOINED_DOCUMENT_LENGTH", 12)
     (tmp_path / "lines.txt").write_text("one two\nthree four\nfive\nsix\nseven\n")
     joined = stream_documents(tmp_path, join_sentences=True)
@@ -145,7 +145,7 @@ def test_shards_are_read_from_any_row_on(corpus, tmp_path, monkeypatch):
     assert list(joined.read(0, 2)) == [("five\nsix\nseven", 5)]
 
 
-def test_a_dataset_on_the_hub_is_read_by_shard_at_one_revision(corpus, monkeypatch):
+def test_hub_dataset_is_read_by_shard_at_one_revision(corpus, monkeypatch):
     load_dataset, asked = datasets.load_dataset, []
 
     def from_folder(name, config_name, **options):
@@ -165,6 +165,7 @@ def test_a_dataset_on_the_hub_is_read_by_shard_at_one_revision(corpus, monkeypat
     assert stream_documents("someone/books", config_name="en").fingerprint != documents.fingerprint
 
 
+@pytest.mark.filterwarnings("ignore:validation_fraction")
 def test_held_out_documents_are_those_of_the_sample(corpus, tokenizer, tmp_path):
     documents = stream_documents(corpus)
     prepared = prepare_stream(documents, tokenizer, tmp_path, num_sampled=50, validation_fraction=0.2)
@@ -177,7 +178,7 @@ def test_held_out_documents_are_those_of_the_sample(corpus, tokenizer, tmp_path)
         prepare_stream(documents, tokenizer, tmp_path, num_sampled=5, validation_fraction=1e-9)
 
 
-def test_a_stream_says_so_if_another_share_is_held_out(tokenizer, tmp_path):
+def test_stream_warns_if_another_share_is_held_out(tokenizer, tmp_path):
     (tmp_path / "corpus").mkdir()
     for name, num_words in (("book", 4000), *((f"note {number}", 20) for number in range(9))):
         (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name}: " + "word " * num_words)
@@ -192,22 +193,22 @@ def test_a_stream_says_so_if_another_share_is_held_out(tokenizer, tmp_path):
         return any(sample_documents(documents, 10, held_out=True, validation_fraction=0.2, seed=seed))
 
     for seed in (next(filter(has_book, range(99))), next(s for s in range(99) if has_note(s) and not has_book(s))):
-        # made, then found
+        # the second call finds the held-out set in the cache
         for _ in range(2):
-            with pytest.warns(UserWarning, match=r"validation_fraction=0\.2 asks for .* the first 10 documents of "):
+            with pytest.warns(UserWarning, match=r"validation_fraction=0\.2 requests .* the first 10 documents of "):
                 prepare_stream(documents, tokenizer, tmp_path, seed=seed, **options)
 
 
-def test_mistakes(corpus, tokenizer, tmp_path):
+def test_errors_name_the_remedy_and_closing_ends_the_threads(corpus, tokenizer, tmp_path):
     rows = rows_of(corpus, tokenizer)
-    with pytest.raises(ValueError, match="in their order only"):
+    with pytest.raises(ValueError, match="must be read in order"):
         rows.__getitems__([3, 1])
-    with pytest.raises(ValueError, match=r"row 40 of a stream .* no position there is known"):
+    with pytest.raises(ValueError, match=r"streamed row 40 cannot be read: .* position of this row is unknown"):
         rows.__getitems__(range(40, 44))
-    with pytest.raises(ValueError, match="no checkpoint of a run with --streaming"):
+    with pytest.raises(ValueError, match="not a checkpoint of a run with --streaming"):
         rows.load_position(tmp_path)
     nothing = rows_of(corpus, tokenizer, validation_fraction=1.0)
-    with pytest.raises(ValueError, match=r"no documents to train on .* lower validation_fraction"):
+    with pytest.raises(ValueError, match=r"no training documents .* Lower validation_fraction=1\.0"):
         nothing[0]
     (tmp_path / "bad.jsonl").write_text('{"body": "text"}\n')
     with pytest.raises(ValueError, match="no column 'text'"):

@@ -90,5 +90,5 @@ def test_a_base_model_that_is_gone_is_named(adapter, tmp_path):
     shutil.copytree(adapter[0], tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match=r"base_model_name_or_path='.*gone', which cannot be loaded: put it"):
+    with pytest.raises(ValueError, match=r"base_model_name_or_path='.*gone', which cannot be loaded. Restore it"):
         load_causal_lm(tmp_path / "adapter")

@@ -1,11 +1,10 @@
-"""The climb to Baby GPT, and the pictures of what it leaves."""
+"""The ladder of models up to Baby GPT."""
 
 import json
 import re
 
 import ladder
 import matplotlib.image
-import pictures
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,28 +75,6 @@ def test_what_is_wrong_shows_at_once(tmp_path):
     with pytest.raises(ValueError, match="hidden_sise"):
         run(tmp_path, "--config_overrides", "hidden_sise=3")
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("name", ["bigram", "scaled-up"])
-def test_pictures(name, climbed, tmp_path):
-    folder, _ = climbed
-    prompt = "One day\nMira " * 9
-    top = pictures.main([str(folder / name), "--prompt", prompt, "--top", "5", "--output_dir", str(tmp_path / "new")])
-    assert len(top) == 5
-    probabilities = [probability for _, probability in top]
-    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) < 1
-    assert matplotlib.image.imread(tmp_path / "new" / "next_token.png").std() > 0
-    assert (tmp_path / "new" / "mask.png").exists() == (name != "bigram")
-
-
-def test_the_mask_that_is_drawn_is_causal(climbed, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        pictures, "plot_attention_mask", lambda mask, tokens, path: drawn.update(mask=mask, tokens=tokens)
-    )
-    pictures.main([str(climbed[0] / "residual"), "--prompt", "a b\n", "--output_dir", str(tmp_path)])
-    assert drawn["tokens"] == ["<|endoftext|>", "a", "␣", "b", "⏎"]
-    assert drawn["mask"].tolist() == [[column <= row for column in range(5)] for row in range(5)]
 
 
 def test_the_columns_of_hyperparameters():

@@ -1,13 +1,13 @@
-"""The embedded corpus: short tales from a generative grammar whose exact probability is known.
+"""Generate the embedded corpus: short tales from a grammar that knows the exact probability of each tale.
 
-A tale tells who is where and who holds what, and it stays true: most words after the introductions are determined by
-sentences told long before, so that a model has to track the tale's state, and an n-gram model cannot. Every text has
-exactly one derivation, hence the grammar knows the probability of each of its tales, and no model can do better, in
-the long run, than the entropy that these probabilities give.
+A tale says who is where and who has what, and stays consistent. Most words after the introductions depend on much
+earlier sentences, so a model has to track the state of the tale, which an n-gram model cannot. Each text has exactly
+one derivation, so the grammar knows its probability. The expected loss of any model is at least the entropy of this
+distribution.
 
-A tale is a chain of sentences. Given the state told so far (a `World`), a kind of sentence is drawn with the
-probabilities of `continuations`, then one of its wordings, then the value of each of the wording's slots, the last two
-uniformly; the kind's effect changes the world. `log2_probability` and `parse` go the other way, from a text alone.
+A tale is a sequence of sentences. Given the state so far (a `World`), a kind of sentence is drawn with the
+probabilities of `continuations`, then uniformly one of its wordings and a value for each slot of the wording. The
+kind's effect updates the world. `log2_probability` and `parse` do the reverse from a text alone.
 """
 
 import math
@@ -116,19 +116,19 @@ MAX_DEEDS = 2
 
 @dataclass
 class World:
-    """What a tale has told so far.
+    """The state of a tale after the sentences so far.
 
     Attributes:
-        roles: Each person's trade, in the order of introduction: the first is the hero.
-        where: The place where each person is.
-        places: The known places.
-        keeper: For each known thing the person who holds it or the place where it lies.
-        subject: The person whom "she" or "he" means.
-        asked: The thing that `asker` has just asked for.
-        asker: Who asked the last question.
-        kind: The kind of the last sentence.
-        num_journeys: Journeys so far.
-        num_deeds: What happened since the last journey.
+        roles: trade of each person, in order of introduction. The first person is the hero.
+        where: place of each person.
+        places: places mentioned so far.
+        keeper: for each thing, the person who has it or the place where it is.
+        subject: the person that the current scene is about.
+        asked: thing that the last question was about.
+        asker: person who asked the last question.
+        kind: kind of the last sentence.
+        num_journeys: number of journeys so far.
+        num_deeds: number of deeds since the last journey.
     """
 
     roles: dict[str, str] = field(default_factory=dict)
@@ -151,25 +151,25 @@ class World:
         return list(self.keeper)
 
     def things_of(self, keeper: str) -> list[str]:
-        """The things that a person holds, or that lie in a place."""
+        """Return the things that a person has or that are in a place."""
         return [thing for thing, holder in self.keeper.items() if holder == keeper]
 
     def company_of(self, person: str) -> list[str]:
-        """The other people in the place where `person` is."""
+        """Return the other people in the same place as `person`."""
         return [other for other in self.roles if other != person and self.where[other] == self.where.get(person)]
 
     def absent_from(self, person: str) -> list[str]:
-        """The people who are in another place than `person`."""
+        """Return the people in other places than `person`."""
         return [other for other in self.roles if other != person and self.where[other] != self.where.get(person)]
 
     @property
     def present(self) -> list[str]:
-        """The people in the place where the subject is, in the order of introduction."""
+        """The people in the subject's place, in order of introduction."""
         return [person for person in self.roles if self.where[person] == self.here]
 
     @property
     def here(self) -> str:
-        """The place where the subject is."""
+        """The subject's place."""
         return self.where.get(self.subject, "")
 
 
@@ -179,11 +179,13 @@ Options = Sequence[str]
 
 @dataclass(frozen=True)
 class Slot:
-    """A gap in a wording.
+    """A variable part of a wording.
 
-    `options(world, values)` lists the values that the slot may take, given the values of the slots before it in the
-    sentence; each is equally likely. `vocabulary` is a regular expression for what can stand there at all. Where
-    `is_claim`, a value asserts something that the world decides.
+    Attributes:
+        vocabulary: regular expression of all values that can ever occur.
+        options: `options(world, values)` returns the possible values, each equally likely, given the world and the
+            values of earlier slots in the sentence.
+        is_claim: whether a value makes a statement that is true or false in the world.
     """
 
     vocabulary: str
@@ -241,7 +243,7 @@ SLOTS: dict[str, Slot] = {
     "held": _thing(lambda world, bound: world.things_of(world.subject)),
     "held_again": _thing(lambda world, bound: [bound["held"]]),
     "lying": _thing(lambda world, bound: world.things_of(world.here)),
-    # the others
+    # other people
     "company": _person(lambda world, bound: world.company_of(world.subject)),
     "subject_role": Slot(_any_of(ROLES), lambda world, bound: _only(world.roles.get(world.subject)), is_claim=True),
     "company_role": _role_of("company"),
@@ -249,7 +251,7 @@ SLOTS: dict[str, Slot] = {
     "absent_role": _role_of("absent"),
     "absent_place": _place(lambda world, bound: _only(world.where.get(bound["absent"]))),
     # travelling
-    # the friend, of whom the tale has just told, leaves home first
+    # the friend, who was introduced last, travels first
     "traveller": _person(lambda world, bound: world.people if world.num_journeys else _only(world.subject)),
     "goal": _place(
         lambda world, bound: [place for place in world.places if place != world.where.get(bound["traveller"])]
@@ -281,7 +283,7 @@ SLOTS: dict[str, Slot] = {
     "sleeper_place": _place(lambda world, bound: _only(world.where.get(bound["sleeper"]))),
     "other": _person(lambda world, bound: [person for person in world.people if person != bound["sleeper"]]),
     "other_place": _place(lambda world, bound: _only(world.where.get(bound["other"]))),
-    # no state behind them
+    # independent of the state
     "first_time": _free(
         "One morning", "At dawn", "At sunrise", "After breakfast", "One fine day", "One rainy day", "Before breakfast"
     ),
@@ -300,7 +302,13 @@ Effect = Callable[[World, Values], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of sentence: what it does to the world, and the ways to say it. All its wordings are equally likely."""
+    """A kind of sentence.
+
+    Attributes:
+        wordings: templates with slots, each equally likely.
+        effect: updates the world, given the slot values.
+        starts_paragraph: whether a paragraph break precedes the sentence.
+    """
 
     wordings: tuple[str, ...]
     effect: Effect = lambda world, values: None
@@ -460,8 +468,8 @@ KINDS: dict[str, Kind] = {
 END = "end"
 
 
-def _scene(world: World) -> dict[str, float]:
-    """What may happen in the place where the subject has gone."""
+def _scene_weights(world: World) -> dict[str, float]:
+    """Return unnormalized weights of the deeds in the subject's place."""
     arriving = world.num_deeds == 0
     holds = bool(world.things_of(world.subject))
     weights: dict[str, float] = {}
@@ -471,7 +479,7 @@ def _scene(world: World) -> dict[str, float]:
         weights["talk"] = 2
         if any(world.things_of(person) for person in world.present):
             weights["show"] = 1
-            # nothing goes back at once
+            # a thing is not given back at once
             if world.kind != "give":
                 weights["give"] = 4
         if arriving:
@@ -487,8 +495,8 @@ def _scene(world: World) -> dict[str, float]:
     return weights
 
 
-def _onward(world: World) -> dict[str, float]:
-    """How the tale goes on after a scene: a journey to a known or a new place, or the beginning of the end."""
+def _next_part_weights(world: World) -> dict[str, float]:
+    """Return unnormalized weights of what follows a scene: a journey, or the ending after the last journey."""
     number = world.num_journeys + 1
     weights: dict[str, float] = {}
     if number <= MAX_JOURNEYS:
@@ -507,7 +515,7 @@ def _normalize(weights: Mapping[str, float], total: float = 1.0) -> dict[str, fl
 
 
 def continuations(world: World) -> dict[str, float]:
-    """The probability of each kind of sentence to come next, `END` for the end of the tale among them."""
+    """Return the probability of each kind of next sentence, and of `END` for the end of the tale."""
     kind = world.kind
     if not kind:
         return {"opening": 1.0}
@@ -529,20 +537,20 @@ def continuations(world: World) -> dict[str, float]:
     if kind == "moral":
         return {END: 1.0}
     if kind == "treasure":
-        return _normalize(_onward(world))
+        return _normalize(_next_part_weights(world))
     if world.num_deeds == 0:
-        return _normalize(_scene(world))
+        return _normalize(_scene_weights(world))
     if world.num_deeds < MAX_DEEDS and world.num_journeys < MAX_JOURNEYS:
-        return _normalize(_scene(world), 0.4) | _normalize(_onward(world), 0.6)
-    return _normalize(_onward(world))
+        return _normalize(_scene_weights(world), 0.4) | _normalize(_next_part_weights(world), 0.6)
+    return _normalize(_next_part_weights(world))
 
 
-# what fills a scene; a question counts when it is answered
+# a question and its answer count as one deed
 DEEDS = {"give", "show", "talk", "answer_held", "answer_place", "leave", "pick_up", "find", "think", "keep", "rest"}
 
 
 def advance(world: World, kind: str, values: Values) -> None:
-    """Change `world` as a sentence of that kind with those slot values does."""
+    """Update `world` by a sentence of this kind with these slot values."""
     KINDS[kind].effect(world, values)
     world.kind = kind
     world.num_deeds += kind in DEEDS
@@ -550,7 +558,13 @@ def advance(world: World, kind: str, values: Values) -> None:
 
 @dataclass(frozen=True)
 class Tale:
-    """A tale, the log2 of its probability (that of ending where it ends included) and the world at its end."""
+    """A tale.
+
+    Attributes:
+        text: the text.
+        log2_probability: log2 of the tale's probability, including that of its end.
+        world: state at the end.
+    """
 
     text: str
     log2_probability: float
@@ -560,8 +574,9 @@ class Tale:
 _SLOT = re.compile(r"{(\w+)}")
 
 
-def _pick(options: Options, rng: random.Random) -> str:
-    # random() is the one method whose stream Python promises to keep
+def pick(options: Options, rng: random.Random) -> str:
+    """Return a random option, each equally likely."""
+    # Python guarantees reproducible streams only for random()
     return options[int(rng.random() * len(options))]
 
 
@@ -571,7 +586,7 @@ def _draw(weights: Mapping[str, float], rng: random.Random) -> str:
         threshold -= probability
         if threshold < 0:
             return outcome
-    # rounding left the sum a hair below one
+    # reached if rounding makes the sum slightly less than one
     return outcome
 
 
@@ -580,7 +595,7 @@ def _separator(kind: str) -> str:
 
 
 def generate_tale(rng: random.Random) -> Tale:
-    """Draw one tale."""
+    """Generate one tale."""
     world, text, log2_probability = World(), "", 0.0
     while True:
         weights = continuations(world)
@@ -589,46 +604,43 @@ def generate_tale(rng: random.Random) -> Tale:
         if kind == END:
             return Tale(text, log2_probability, world)
         wordings = KINDS[kind].wordings
-        wording = _pick(wordings, rng)
+        wording = pick(wordings, rng)
         log2_probability -= math.log2(len(wordings))
         values: dict[str, str] = {}
         for name in _SLOT.findall(wording):
             options = SLOTS[name].options(world, values)
-            values[name] = _pick(options, rng)
+            values[name] = pick(options, rng)
             log2_probability -= math.log2(len(options))
         text += (_separator(kind) if text else "") + wording.format_map(values)
         advance(world, kind, values)
 
 
 def tales(num: int, seed: int = 0) -> Iterator[str]:
-    """The texts of `num` tales; more tales of a seed begin with the fewer ones."""
+    """Return the texts of `num` tales. The first tales of a seed are the same for any `num`."""
     rng = random.Random(seed)
     return (generate_tale(rng).text for _ in range(num))
 
 
-def _compile(wording: str) -> re.Pattern[str]:
-    return re.compile(_SLOT.sub(r"{\1}", _gaps(wording)))
-
-
-def _gaps(wording: str) -> str:
+def _compile_wording(wording: str) -> re.Pattern[str]:
     parts = _SLOT.split(wording)
     literals, names = map(re.escape, parts[::2]), parts[1::2]
-    gaps = [f"(?P<{name}>{SLOTS[name].vocabulary})" for name in names] + [""]
-    return "".join(literal + gap for literal, gap in zip(literals, gaps, strict=True))
+    groups = [f"(?P<{name}>{SLOTS[name].vocabulary})" for name in names] + [""]
+    return re.compile("".join(literal + group for literal, group in zip(literals, groups, strict=True)))
 
 
-_PATTERNS = [(kind, _compile(wording)) for kind, entry in KINDS.items() for wording in entry.wordings]
-# a sentence ends with its mark unless a small letter follows: '"Where is it?" asked Otto.' is one sentence
+_PATTERNS = [(kind, _compile_wording(wording)) for kind, entry in KINDS.items() for wording in entry.wordings]
+# a punctuation mark followed by a lower-case letter ends no sentence: '"Where is it?" asked Otto.'
 _SENTENCE_BREAK = re.compile(r"""(?<=[.!?])\s+(?=["A-Z])|(?<=[.!?]["])\s+(?=["A-Z])""")
 _SENTENCE_END = re.compile(r'[.!?]"?\Z')
 
 
 def split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text, without the white space between them."""
     return [sentence for sentence in _SENTENCE_BREAK.split(text.strip()) if sentence]
 
 
 def match_sentence(sentence: str) -> tuple[str, dict[str, str]] | None:
-    """The kind of a sentence and the values of its slots; None if no wording gives it. Truth is not looked at."""
+    """Return a sentence's kind and slot values, or None if it matches no wording. Claims are not checked."""
     for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(sentence):
             return kind, match.groupdict()
@@ -636,7 +648,7 @@ def match_sentence(sentence: str) -> tuple[str, dict[str, str]] | None:
 
 
 def log2_probability(text: str) -> float:
-    """The log2 of a text's probability under the grammar, from the text alone; -inf if it is not a tale."""
+    """Return log2 of a text's probability under the grammar, or -inf if it is not a tale."""
     world, total, rebuilt = World(), 0.0, ""
     for sentence in split_sentences(text):
         match = match_sentence(sentence)
@@ -658,14 +670,14 @@ def log2_probability(text: str) -> float:
 
 @dataclass(frozen=True)
 class TaleReport:
-    """How much of a text is a tale.
+    """How well a text follows the grammar.
 
     Attributes:
-        num_sentences: Finished sentences.
-        num_parsed: Those that some wording of the grammar gives.
-        num_claims: Statements, in the parsed sentences, whose truth earlier sentences decide.
-        num_true: Those that are true.
-        world: The world as the text's true sentences leave it.
+        num_sentences: number of complete sentences.
+        num_parsed: number of sentences that match a wording of the grammar.
+        num_claims: number of statements in the parsed sentences that earlier sentences make true or false.
+        num_true: number of true statements.
+        world: state after the sentences without false statements.
     """
 
     num_sentences: int
@@ -676,9 +688,9 @@ class TaleReport:
 
 
 def parse(text: str) -> TaleReport:
-    """Read any text as a tale.
+    """Parse any text as a tale.
 
-    An unfinished last sentence is left out. A sentence with a false claim changes nothing.
+    An unfinished last sentence is ignored. A sentence with a false claim does not change the world.
     """
     world, num_parsed, num_claims, num_true = World(), 0, 0, 0
     sentences = split_sentences(text)

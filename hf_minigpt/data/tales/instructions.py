@@ -1,30 +1,30 @@
-"""Embedded instructions: questions and tasks about the tales, whose right answers the grammar knows.
+"""Generate the embedded instructions: conversations about the tales, with answers that the grammar knows.
 
-A conversation shows the beginning of a tale and asks several things about it, or sets small tasks that need none. What
-a question turns on is its combination: what is asked about and what is true of it, beside what is true of the others
-of its kind (Anna is the baker, where Otto is the sailor). A tenth of all combinations, the same ones always, is held
-out: no training conversation asks for them, and every held-out one ends with one of them, so that a model that has
-only learnt by heart cannot answer.
+A conversation shows the beginning of a tale and asks questions about it, or sets small tasks without a tale. The
+combination of a question is what its answer depends on: what is asked about, and the facts of the tale that decide the
+answer, including those about other people or things (Anna is the baker and Otto is the sailor). A fixed tenth of all
+combinations is held out. Training conversations never ask about them, and each held-out conversation ends with one, so
+a model cannot answer from memory.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from . import grammar as tales
-from .grammar import World
+from . import grammar
+from .grammar import World, pick
 
 
 HELD_OUT_SHARE = 0.1
-# two people and a thing at least, and with all the turns no longer than the context of a base model on the tales
+# Enough for two people and a thing, and short enough that all turns fit in the context of a base model on the tales.
 MIN_SENTENCES, MAX_SENTENCES = 5, 11
 MAX_TURNS = 5
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer; `combination` is what it turns on, its category first."""
+    """A question with its answer and its combination: the category, then what the answer depends on."""
 
     text: str
     answer: str
@@ -33,14 +33,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a tale: its text, and the world at its end."""
+    """The beginning of a tale: its text, and the state after it."""
 
     text: str
     world: World
 
     @property
     def cast(self) -> tuple[str, ...]:
-        """The people and their trades, in turns."""
+        """The people and their trades, alternating."""
         return _flat(self.world.roles)
 
 
@@ -49,32 +49,27 @@ def _flat(facts: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def draw_excerpt(rng: random.Random) -> Excerpt:
-    """The first sentences of a tale."""
-    text = tales.generate_tale(rng).text
-    sentences = tales.split_sentences(text)
+    """Return the first sentences of a random tale."""
+    text = grammar.generate_tale(rng).text
+    sentences = grammar.split_sentences(text)
     num = MIN_SENTENCES + int(rng.random() * (min(len(sentences), MAX_SENTENCES) - MIN_SENTENCES + 1))
     end = 0
     for sentence in sentences[:num]:
         end = text.index(sentence, end) + len(sentence)
-    return Excerpt(text[:end], tales.parse(text[:end]).world)
-
-
-def _pick(options: Sequence[str], rng: random.Random) -> str:
-    # random() is the one method whose stream Python promises to keep
-    return options[int(rng.random() * len(options))]
+    return Excerpt(text[:end], grammar.parse(text[:end]).world)
 
 
 def _ask_place(excerpt: Excerpt, rng: random.Random) -> Question:
-    person = _pick(excerpt.world.people, rng)
+    person = pick(excerpt.world.people, rng)
     place = excerpt.world.where[person]
-    text = _pick((f"Where is {person}?", f"Tell me where {person} is."), rng)
+    text = pick((f"Where is {person}?", f"Tell me where {person} is."), rng)
     return Question(text, f"Now {person} is in the {place}.", ("place", person, *_flat(excerpt.world.where)))
 
 
 def _ask_thing(excerpt: Excerpt, rng: random.Random) -> Question:
-    thing = _pick(excerpt.world.things, rng)
+    thing = pick(excerpt.world.things, rng)
     keeper = excerpt.world.keeper[thing]
-    text = _pick((f"Where is the {thing}?", f"Tell me where the {thing} is."), rng)
+    text = pick((f"Where is the {thing}?", f"Tell me where the {thing} is."), rng)
     fate = f"belonged to {keeper}" if keeper in excerpt.world.roles else f"stayed in the {keeper}"
     combination = ("thing", thing, *excerpt.cast, *_flat(excerpt.world.keeper))
     return Question(text, f"At last the {thing} {fate}.", combination)
@@ -82,34 +77,34 @@ def _ask_thing(excerpt: Excerpt, rng: random.Random) -> Question:
 
 def _ask_people(excerpt: Excerpt, rng: random.Random) -> Question:
     people = [f"{person} the {role}" for person, role in excerpt.world.roles.items()]
-    text = _pick(("Who is in the tale?", "Tell me who is in the tale."), rng)
+    text = pick(("Who is in the tale?", "Tell me who is in the tale."), rng)
     return Question(text, f"There are {' and '.join(people)}.", ("people", *excerpt.cast))
 
 
 def _ask_hero(excerpt: Excerpt, rng: random.Random) -> Question:
     hero, role = next(iter(excerpt.world.roles.items()))
-    text = _pick(("Who is the tale about?", "Tell me whom the tale is about."), rng)
+    text = pick(("Who is the tale about?", "Tell me whom the tale is about."), rng)
     return Question(text, f"This is a tale of {hero} the {role}.", ("hero", *excerpt.cast))
 
 
 def _ask_homes(excerpt: Excerpt, rng: random.Random) -> Question:
-    # each person comes with a place; only then are there others
+    # the first places are those that the people were introduced with
     homes = tuple(zip(excerpt.world.people, excerpt.world.places, strict=False))
-    text = _pick(("Where do they live?", "Tell me where they live."), rng)
+    text = pick(("Where do they live?", "Tell me where they live."), rng)
     answer = " and ".join(f"{person} lived in a {place}" for person, place in homes)
     return Question(text, f"{answer}.", ("homes", *(part for home in homes for part in home)))
 
 
 def _ask_things(excerpt: Excerpt, rng: random.Random) -> Question:
     things = excerpt.world.things
-    text = _pick(("Which things are in the tale?", "Tell me which things are in the tale."), rng)
+    text = pick(("Which things are in the tale?", "Tell me which things are in the tale."), rng)
     answer = " and ".join(f"a {thing}" for thing in things)
     return Question(text, f"The tale has {answer}.", ("things", *things))
 
 
 def _ask_opening(rng: random.Random) -> Question:
-    person, role, place = _pick(tales.NAMES, rng), _pick(tales.ROLES, rng), _pick(tales.PLACES, rng)
-    text = _pick(
+    person, role, place = pick(grammar.NAMES, rng), pick(grammar.ROLES, rng), pick(grammar.PLACES, rng)
+    text = pick(
         (
             f"Open a tale of {person} the {role} in a {place}.",
             f"Open a tale in a {place}, of {person} the {role}.",
@@ -121,20 +116,20 @@ def _ask_opening(rng: random.Random) -> Question:
 
 
 def _ask_rewrite(rng: random.Random) -> Question:
-    giver, receiver = _pick(tales.NAMES, rng), _pick(tales.NAMES, rng)
+    giver, receiver = pick(grammar.NAMES, rng), pick(grammar.NAMES, rng)
     while receiver == giver:
-        receiver = _pick(tales.NAMES, rng)
-    thing = _pick(tales.THINGS, rng)
+        receiver = pick(grammar.NAMES, rng)
+    thing = pick(grammar.THINGS, rng)
     given, handed = f"{giver} gave {receiver} the {thing}.", f"{giver} handed the {thing} to {receiver}."
     if rng.random() < 0.5:
         given, handed = handed, given
-    text = _pick((f"Tell it again, but not so: {given}", f"What is another way of telling this? {given}"), rng)
+    text = pick((f"Tell it again, but not so: {given}", f"What is another way of telling this? {given}"), rng)
     return Question(text, handed, ("rewrite", giver, receiver, thing))
 
 
-# What is asked about an excerpt, and what is asked without one. Answers have the tales' own turns of phrase where
-# there are any, and what decides a word stands right before it. Two layers learn no more in the time: asked who the
-# baker is, what Otto's trade is or what the lantern looks like, they stay at chance.
+# Questions about an excerpt, and tasks without one. Answers use the phrases of the tales where possible, with the word
+# that determines the next one right before it. A two-layer model learns no more in a short run: on the trade of a
+# person, the person of a trade or the look of a thing, it stays at chance.
 ABOUT_A_TALE: dict[str, Callable[[Excerpt, random.Random], Question]] = {
     "hero": _ask_hero,
     "people": _ask_people,
@@ -148,7 +143,7 @@ CATEGORIES = (*ABOUT_A_TALE, *WITHOUT_A_TALE)
 
 
 def is_held_out(combination: tuple[str, ...]) -> bool:
-    """Whether a combination is kept from training: told by its hash, hence the same in every run."""
+    """Return whether a combination is held out. It depends only on its hash, so it is the same in every run."""
     digest = hashlib.blake2b("|".join(combination).encode(), digest_size=8).digest()
     return int.from_bytes(digest) < HELD_OUT_SHARE * 2**64
 
@@ -157,10 +152,14 @@ Record = dict[str, object]
 
 
 def training_records(num: int, seed: int = 0) -> Iterator[Record]:
-    """Conversations of one to five turns on combinations that are not held out.
+    """Yield conversations of one to five turns without held-out combinations.
 
-    Returns:
-        `{"messages": [...], "category": ...}`; the category is the last question's.
+    Args:
+        num: number of conversations.
+        seed: seed of the generator.
+
+    Yields:
+        `{"messages": [...], "category": ...}`, with the category of the last question.
     """
     rng = random.Random(f"training {seed}")
     for _ in range(num):
@@ -169,7 +168,7 @@ def training_records(num: int, seed: int = 0) -> Iterator[Record]:
 
 
 def held_out_records(num: int, seed: int = 0) -> Iterator[Record]:
-    """As `training_records`, each category equally often, but the last question is of a held-out combination."""
+    """Yield conversations whose last question has a held-out combination, with all categories equally frequent."""
     rng = random.Random(f"held out {seed}")
     for i in range(num):
         num_turns = 1 + int(rng.random() * MAX_TURNS)
@@ -177,9 +176,9 @@ def held_out_records(num: int, seed: int = 0) -> Iterator[Record]:
 
 
 def _record(rng: random.Random, num_turns: int, last: str | None) -> Record:
-    """A conversation; one that gets stuck, its tale having nothing that may be asked, is drawn anew."""
+    """Draw a conversation, again if no allowed question can be found for its tale."""
     while True:
-        category = last or _pick(CATEGORIES, rng)
+        category = last or pick(CATEGORIES, rng)
         excerpt = draw_excerpt(rng) if category in ABOUT_A_TALE else None
         questions = _questions(rng, excerpt, num_turns, category, ends_held_out=last is not None)
         if questions is None:
@@ -199,7 +198,7 @@ def _questions(
     for turn in range(num_turns):
         is_last = turn == num_turns - 1
         for _ in range(20):
-            kind = category if is_last else _pick(list(kinds), rng)
+            kind = category if is_last else pick(list(kinds), rng)
             question = ABOUT_A_TALE[kind](excerpt, rng) if excerpt else WITHOUT_A_TALE[kind](rng)
             is_new = question.combination not in [q.combination for q in questions]
             if is_new and is_held_out(question.combination) == (is_last and ends_held_out):

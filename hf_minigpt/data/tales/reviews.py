@@ -1,10 +1,10 @@
-"""Labelled reviews of the embedded tales, whose sentiment depends on the order of the words.
+"""Generate the embedded reviews, labelled by a sentiment that depends on the order of the words.
 
-Each judgement pairs a word of praise with a word of blame, and its construction tells which one counts: "At first I
-found it quite dull indeed, yet in the end I found it quite charming indeed" is praise, and with the two exchanged
-blame. Both have the same words, and every pair of neighbouring words too. Other judgements turn one word round from a
-distance ("Nobody who reads it will call it quite dull indeed"). Only one review in three also says it straight away,
-so that counting words or pairs of words finds the sentiment of some two thirds of the reviews.
+Most judgements contain a positive and a negative word, and the sentence structure decides which one counts: "At first
+I found it quite dull indeed, yet in the end I found it quite charming indeed" is positive. With the two words
+exchanged it is negative, with the same words and the same pairs of neighbouring words. Other judgements negate a word
+from a distance ("Nobody who reads it will call it quite dull indeed"). Only one review in three also has a direct
+judgement, so counts of words or word pairs classify only about two thirds of the reviews correctly.
 """
 
 import random
@@ -18,7 +18,7 @@ TALE_REVIEW_LABELS = ("negative", "positive")
 PRAISE = ("charming", "clever", "delightful", "funny", "gripping", "lively", "moving", "splendid", "tender", "witty")
 BLAME = ("boring", "clumsy", "confused", "dull", "empty", "flat", "hollow", "silly", "stale", "tiresome")
 
-# {yes} is a word of the review's sentiment, {no} one of the other
+# {yes} is a word of the review's sentiment, {no} one of the opposite sentiment
 JUDGEMENTS = (
     "At first I found it quite {no} indeed, yet in the end I found it quite {yes} indeed.",
     "In the end I found it quite {yes} indeed, though at first I found it quite {no} indeed.",
@@ -49,11 +49,11 @@ PLAIN_SHARE = 1 / 3
 
 
 def tale_reviews(num: int, seed: int = 0) -> tuple[list[str], list[int]]:
-    """Different reviews, half of them negative (0) and half positive (1), in turn.
+    """Return distinct reviews and their labels, negative (0) and positive (1) in turn.
 
     Args:
-        num: how many; the first ones are the same for any number.
-        seed: other reviews.
+        num: number of reviews. The first reviews of a seed are the same for any `num`.
+        seed: seed of the generator.
     """
     generator = random.Random(seed)
     texts: dict[str, int] = {}

@@ -26,10 +26,10 @@ def load_kneser_ney():
 @pytest.fixture(scope="module")
 def sample() -> list[grammar.Tale]:
     rng = random.Random(7)
-    return [generate_tale(rng) for _ in range(2000)]
+    return [generate_tale(rng) for _ in range(1200)]
 
 
-def test_parsing_finds_the_probability_that_generation_had(sample):
+def test_parsed_text_has_the_probability_of_its_generation(sample):
     for tale in sample:
         assert log2_probability(tale.text) == pytest.approx(tale.log2_probability, abs=1e-9)
 
@@ -88,13 +88,13 @@ def test_probabilities_of_all_tales_of_a_small_grammar_sum_to_one(monkeypatch):
     assert math.fsum(2 ** log2_probability(text) for text in texts) == pytest.approx(1, abs=1e-9)
 
 
-def test_seeds():
+def test_first_tales_of_a_seed_do_not_depend_on_their_number():
     assert list(tales(5, seed=3)) == list(tales(9, seed=3))[:5]
     assert set(tales(5, seed=3)).isdisjoint(tales(5, seed=4))
 
 
-def test_any_change_of_a_claim_is_a_false_claim(sample):
-    for tale in sample[:100]:
+def test_changed_claims_are_false(sample):
+    for tale in sample[:60]:
         world, position = World(), 0
         for sentence in grammar.split_sentences(tale.text):
             position = tale.text.index(sentence, position)
@@ -115,7 +115,7 @@ def test_any_change_of_a_claim_is_a_false_claim(sample):
             grammar.advance(world, kind, values)
 
 
-def test_what_is_not_a_whole_tale_has_no_probability(sample):
+def test_incomplete_tales_have_no_probability(sample):
     text = sample[0].text
     assert log2_probability("") == -math.inf
     assert log2_probability(text + " ") == -math.inf
@@ -133,24 +133,22 @@ def test_an_unfinished_last_sentence_is_not_counted(sample):
     assert parse("The cat. Sat.").num_parsed == 0
 
 
-def some_sentence(sample_seed: int, index: int) -> str:
-    sentences = grammar.split_sentences(generate_tale(random.Random(sample_seed)).text)
-    return sentences[index % len(sentences)]
+SENTENCES = [sentence for text in tales(50, seed=5) for sentence in grammar.split_sentences(text)]
 
 
 @given(
     st.text()
-    | st.lists(st.builds(some_sentence, st.integers(0, 50), st.integers(0, 30)), max_size=12).map(" ".join)
+    | st.lists(st.sampled_from(SENTENCES), max_size=12).map(" ".join)
     | st.lists(st.sampled_from(["Anna", "the", "mill", ".", '"', "?", "\n", "baker", "gave"])).map(" ".join)
 )
-def test_any_text_can_be_read(text):
+def test_any_text_can_be_parsed(text):
     report = parse(text)
     assert 0 <= report.num_parsed <= report.num_sentences
     assert 0 <= report.num_true <= report.num_claims
     assert log2_probability(text) <= 0
 
 
-def test_size_of_tales_and_vocabulary(sample):
+def test_tales_are_short_and_have_a_small_vocabulary(sample):
     lengths = [len(tale.text.split()) for tale in sample]
     assert min(lengths) >= 60
     assert max(lengths) <= 150
@@ -158,10 +156,10 @@ def test_size_of_tales_and_vocabulary(sample):
     assert 150 <= len({word for tale in sample for word in re.findall(r"\w+", tale.text)}) <= 400
 
 
-def test_an_n_gram_model_stays_far_above_the_entropy():
+def test_n_gram_loss_is_far_above_the_entropy():
     kneser_ney = load_kneser_ney()
-    held_out = list(tales(200, seed=1))
-    bits = kneser_ney.bits_per_byte(list(tales(4000, seed=0)), held_out)
+    held_out = list(tales(120, seed=1))
+    bits = kneser_ney.bits_per_byte(list(tales(2500, seed=0)), held_out)
     assert bits >= 1.4 * kneser_ney.entropy_per_byte(held_out)
 
 
@@ -176,10 +174,10 @@ def test_kneser_ney_probabilities_sum_to_one():
         assert sum(2**x for x in (*followed, ended)) == pytest.approx(1)
 
 
-def test_unknown_words_are_charged_for():
+def test_unknown_words_cost_bits():
     kneser_ney = load_kneser_ney()
     train = ["a cat sat", "a dog sat", "a cat ran", "a bird sang"]
     plain = kneser_ney.bits_per_byte(train, ["a cat sat"], order=3)
     strange = kneser_ney.bits_per_byte(train, ["a zyx sat"], order=3)
-    # three bytes of which training saw none cost more than three even guesses among 26 letters
+    # three bytes that do not occur in training cost more than three uniform guesses among 26 letters
     assert (strange - plain) * len("a cat sat") > 3 * math.log2(26)
