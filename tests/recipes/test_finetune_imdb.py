@@ -18,7 +18,7 @@ from hf_minigpt.classification.arguments import (
     ReviewArguments,
     SeedArguments,
 )
-from hf_minigpt.classification.data import text_key
+from hf_minigpt.classification.data import load_reviews, text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
 from hf_minigpt.training.arguments import ModelArguments, parse
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
@@ -78,9 +78,10 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
     assert "Corpus: reviews.csv" in card and "1, of which 0 were test texts" in card
     # what was pretrained on is what was trained on
     pretraining = pd.read_parquet(folder / "texts.parquet")["text"]
-    splits = ReviewArguments(
+    review_args = ReviewArguments(
         str(reviews), text_column="review", label_column="verdict", label_map=["neg=negative", "pos=positive"]
-    ).load()
+    )
+    splits = load_reviews(review_args)
     assert set(pretraining) == set(splits.train.texts)
     assert not set(map(text_key, pretraining)) & set(map(text_key, splits.test.texts))
     answers = pipeline("text-classification", model=str(output))(splits.test.texts[:3], truncation=True)
