@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.classification import report
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments
 from hf_minigpt.classification.batching import ReviewCollator, ReviewRows, model_truncation
 from hf_minigpt.classification.data import LabelledTexts, ReviewSplits, clean_text
@@ -14,7 +15,6 @@ from hf_minigpt.classification.model import (
     frame_with_end_of_text,
     load_classifier,
 )
-from hf_minigpt.classification.report import evaluate_pipeline
 from hf_minigpt.classification.trainer import (
     ClassificationTrainer,
     classification_optimizer,
@@ -185,7 +185,9 @@ def test_train_without_train_safely_sets_the_epoch(tokenizer, tmp_path):
             super().set_epoch(epoch)
 
     rows = RecordingRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
-    trainer_of(tmp_path, tokenizer, rows=rows).train()
+    options = {"save_strategy": "no", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": None}
+    trainer_of(tmp_path, tokenizer, rows=rows, **options).train()
     assert seen[0] == 0 and set(seen) == {0, 1}
 
 
@@ -263,13 +265,14 @@ def test_adapters_are_trained_saved_loaded_and_merged(tokenizer, tmp_path, pooli
     assert not torch.equal(base["score.weight"], whole.score.weight)
 
 
-def test_pipeline_accuracy_equals_that_of_the_trainer(tokenizer):
+def test_pipeline_accuracy_equals_that_of_the_trainer(tokenizer, monkeypatch):
+    monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
     model = classifier(tokenizer, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
     data = LabelledTexts(TEXTS[:12], LABELS[:12])
     rows = ReviewRows(data.texts, data.labels, tokenizer, LENGTH)
     logits = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
     accuracy = (logits.argmax(-1).numpy() == data.labels).mean()
-    result = evaluate_pipeline(model, tokenizer, data, logits)
+    result = report.evaluate_pipeline(model, tokenizer, data, logits)
     assert result["pipeline_accuracy"] == result["same_texts_accuracy"] == accuracy
     assert result["pipeline_accuracy_low"] <= accuracy <= result["pipeline_accuracy_high"]
 

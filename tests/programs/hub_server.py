@@ -88,8 +88,8 @@ class HubServer:
         tokens: user by token. Users may write to repositories under their name and read their private ones.
         repos: repositories by (kind, name).
         log: method and path of each request.
-        failures: (method, path pattern, failure), each applied once to the next matching request. A failure is a status
-            code, or "drop": read half of the body and close the connection.
+        failures: (method, path pattern, failure), each applied once, to the next matching request. A failure is a
+            status code, or "drop": read half of the body and close the connection.
     """
 
     def __init__(self, tokens: dict[str, str]):
