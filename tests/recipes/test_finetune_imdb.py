@@ -92,7 +92,9 @@ def test_pretrained_model_becomes_a_documented_classifier(pretrained, reviews, f
     assert (output / "seed-2").is_dir()
 
 
-def test_adapters_are_saved_alone_or_merged(pretrained, folder, data_flags, capsys):
+def test_adapters_are_saved_alone_or_merged(pretrained, folder, data_flags, capsys, monkeypatch):
+    # The test above draws them.
+    monkeypatch.setattr("hf_minigpt.classification.results.draw_figures", lambda *args: None)
     flags = [*data_flags, "--model", str(pretrained), "--num_train_epochs", "1", "--tokens_per_batch", "1024"]
     flags += ["--lora_rank", "8", "--optimizer", "adamw", *QUIET]
     adapters, merged = folder / "adapters", folder / "merged"
