@@ -1,17 +1,19 @@
 """
-A page to try a model on: it writes on from a text, and shows what may come next and what each head looks at.
+Serve a demo page for a language model: text generation, next-token probabilities and attention weights.
 
     python recipes/demo.py runs/pretrain
     python recipes/demo.py runs/pretrain --classifier runs/imdb --port 7860
     python recipes/demo.py you/your-minigpt --space my-space
 
-MODEL and the classifier are folders or names on the Hub, of a MiniGPT or any other. The page opens on this machine
-alone (`--host 0.0.0.0` for the network), asks nothing of the internet and reports to nobody. `--space` writes a folder
-that is a Hub Space: with MODEL on the Hub it is named there, a folder's files are copied. Push it by
+The model and the classifier are folders or names on the Hub, of MiniGPT or any other architecture. The page is
+reachable from this machine only (`--host 0.0.0.0` opens it to the network), and makes no requests to the internet.
+
+`--space` writes a folder for a Hub Space instead. Local models are copied into it, models on the Hub are loaded from
+there. Push it by
 
     hf upload you/my-space my-space --repo-type space
 
-Needs `pip install "hf_minigpt[demo]"`. It is up in ten seconds.
+Requires `pip install "hf_minigpt[demo]"`.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from hf_minigpt.training.arguments import use_all_cores
 
 
 APP = '''\
-"""A page to try {title} on."""
+"""Demo page of {title}."""
 
 import page
 
@@ -53,21 +55,21 @@ sdk: gradio
 sdk_version: {gradio}
 app_file: app.py
 pinned: false
-{models}short_description: Write on, see the next token, look into the heads
+{models}short_description: Generate text, see next-token probabilities and attention
 ---
 
-{title}, a language model made with hf_minigpt, to try: it writes on from a text, and shows the distribution of the
-next token and the attention of every head.
+A demo of {title}, a language model made with hf_minigpt. It generates text, and shows the probabilities of the next
+token and the attention weights of each head.
 """
 REQUIREMENTS = ("torch", "transformers")
 
 
-def place(source: str, folder: Path, name: str) -> str:
-    """Where a Space finds a model: a name on the Hub, or the copy made in the Space's folder."""
+def copy_model(source: str, folder: Path, name: str) -> str:
+    """Copy a local model into the folder of a Space. Return its name there, or its name on the Hub."""
     if not Path(source).is_dir():
         return source
     if is_adapter(source):
-        # the Space has neither PEFT nor the base model
+        # A Space has neither PEFT nor the base model.
         save_merged(source, folder / name)
         return name
     ignored = shutil.ignore_patterns("checkpoint-*", "_*", "*.bin", "*.pt", "runs", "README.md", "*.png")
@@ -76,9 +78,9 @@ def place(source: str, folder: Path, name: str) -> str:
 
 
 def write_space(folder: Path, model: str, classifier: str | None, title: str, prompt: str) -> None:
-    """Write the folder of a Hub Space, which needs neither this package nor this machine."""
+    """Write the folder of a Hub Space, which runs without this package."""
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"space={folder} is not empty: choose another folder")
+        raise ValueError(f"space={folder} is not empty. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in ("gradio", *REQUIREMENTS)}
     on_hub = [name for name in (model, classifier) if name is not None and not Path(name).is_dir()]
@@ -86,8 +88,8 @@ def write_space(folder: Path, model: str, classifier: str | None, title: str, pr
     fields = {
         "title": title,
         "prompt": prompt,
-        "model": place(model, folder, "model"),
-        "classifier": None if classifier is None else place(classifier, folder, "classifier"),
+        "model": copy_model(model, folder, "model"),
+        "classifier": None if classifier is None else copy_model(classifier, folder, "classifier"),
     }
     shutil.copy(page.__file__, folder / "page.py")
     (folder / "app.py").write_text(APP.format(**fields))
@@ -99,20 +101,24 @@ def write_space(folder: Path, model: str, classifier: str | None, title: str, pr
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("--classifier", help="folder or Hub name of a text classifier, for a tab with its answer")
-    parser.add_argument("--title", help="default: the model's name")
-    parser.add_argument("--prompt", default="Once upon a time", help="the text at the beginning")
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--classifier", help="folder or Hub name of a text classifier, shown in a tab")
+    parser.add_argument("--title", help="title of the page (default: name of the model)")
+    parser.add_argument("--prompt", default="Once upon a time", help="initial text")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument(
-        "--port", type=number(int, least=1, most=65535), help="default: the first free one from 7860 on"
+        "--port",
+        type=number(int, least=1, most=65535),
+        help="port to listen on (default: the first free one from 7860)",
     )
-    parser.add_argument("--space", type=Path, help="write a Hub Space into this folder instead")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
+    parser.add_argument("--space", type=Path, help="write a Hub Space into this folder instead of serving")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow code from the repositories of the models"
+    )
     args = parser.parse_args(argv)
     title = args.title or Path(args.model).name
     if args.space is not None:
         write_space(args.space, args.model, args.classifier, title, args.prompt)
-        print(f"{args.space} is a Space. Next:\n  hf upload you/{args.space.name} {args.space} --repo-type space")
+        print(f"Hub Space: {args.space}\nNext:\n  hf upload you/{args.space.name} {args.space} --repo-type space")
         return
     use_all_cores()
     with contextlib.ExitStack() as stack:

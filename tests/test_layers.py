@@ -15,11 +15,10 @@ ALLOWED = {
     "model": set(),
     "top": {"model"},
     "data": TOP,
-    "metrics": TOP,
     "publishing": TOP,
     "deploy": TOP,
     "training": TOP | {"data", "publishing", "deploy"},
-    **dict.fromkeys(JOBS, TOP | {"data", "metrics", "publishing", "deploy", "training"}),
+    **dict.fromkeys(JOBS, TOP | {"data", "publishing", "deploy", "training"}),
     "command line": {"deploy"},
 }
 FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Adversarial training: texts with their embeddings moved a little to where the loss is higher."""
+"""Adversarial training by perturbation of the embeddings."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +10,18 @@ from torch import nn
 
 @contextmanager
 def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: float) -> Iterator[None]:
-    r"""Within it, `model` sees each row of `inputs` with its embeddings $E$ (T, C) at $E + s\,|E|\,g/|g|$.
+    r"""Perturb the embeddings of `inputs` in the direction that increases the loss most, within the context.
 
-    $g$ is the gradient of the row's loss at $E$, lengths are over all tokens and channels of the row, padding left
-    out. So it is the small step that raises the loss most, and learning it away makes the model smooth around its
-    training texts (Miyato et al., 2017, "Adversarial training methods for semi-supervised text classification").
-    It costs a forward and half a backward pass; no gradient of a weight changes.
+    The embeddings $E$ (T, C) of each row become $E + s\,|E|\,g/|g|$, where $g$ is the gradient of the loss. Norms are
+    over all tokens and channels of the row except padding. Computing $g$ costs a forward and half a backward pass,
+    and leaves the gradients of the weights unchanged.
+
+    Source: Miyato et al. (2017), "Adversarial training methods for semi-supervised text classification".
 
     Args:
-        model: with `get_input_embeddings()`, whose forward pass returns `.loss`; whole, not sharded.
-        inputs: of the forward pass.
-        share: $s$, the length of the step as a share of the embeddings' own. Theirs, for an LSTM, is about 0.02.
+        model: model with `get_input_embeddings()` that returns `.loss`; not sharded.
+        inputs: inputs of the forward pass.
+        share: $s$, the norm of the perturbation relative to that of the embeddings. The paper's LSTM uses about 0.02.
     """
     embeddings: list[torch.Tensor] = []
 
@@ -29,7 +30,7 @@ def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: flo
         return embeddings[0]
 
     table = model.get_input_embeddings()  # type: ignore[operator]
-    # their gradients would be computed, and thrown away, by autograd functions written in Python
+    # Our Python autograd functions compute the gradients of all parameters that require one, although unused here.
     learned = [p for p in model.parameters() if p.requires_grad]
     hook = table.register_forward_hook(keep)
     try:
@@ -41,11 +42,11 @@ def perturbed_embeddings(model: nn.Module, inputs: Mapping[str, Any], share: flo
         hook.remove()
         for p in learned:
             p.requires_grad_(True)
-    # no gradient reaches padding
+    # The gradient is zero at padding.
     is_text = (gradient != 0).any(-1, keepdim=True)
     length = torch.linalg.vector_norm(embeddings[0].detach() * is_text, dim=(1, 2), keepdim=True)
     gradient_length = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
-    # a row without any gradient stays where it is
+    # The clamp avoids division by zero: a row without a gradient is not perturbed.
     step = share * length * gradient / gradient_length.clamp(min=torch.finfo(gradient.dtype).tiny)
     hook = table.register_forward_hook(lambda module, args, output: output + step)
     try:

@@ -1,4 +1,4 @@
-"""The yardstick: logistic regression on words and pairs of words. scikit-learn is needed only here."""
+"""A linear baseline: logistic regression on the TF-IDF of words and word pairs, by scikit-learn."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,27 +9,27 @@ from .data import LabelledTexts, ReviewSplits
 from .metrics import mcnemar_test
 
 
-# inverse strengths of the regularisation, of which the validation texts choose one
+# Inverse regularisation strengths to choose from.
 STRENGTHS = (1.0, 4.0, 16.0)
 
 
 def check_baseline_possible() -> None:
-    """Raise ValueError where scikit-learn is missing, before anything takes long."""
+    """Raise ValueError if scikit-learn is not installed."""
     if find_spec("sklearn") is None:
-        raise ValueError("baseline=True needs scikit-learn: pip install 'hf_minigpt[baseline]', or leave it out.")
+        raise ValueError("baseline=True requires scikit-learn. Install 'hf_minigpt[baseline]', or leave baseline out.")
 
 
 def linear_baseline(train: LabelledTexts, validation: LabelledTexts, texts: Sequence[str]) -> np.ndarray:
-    """Predictions (N,) of TF-IDF of words and pairs of words with logistic regression.
+    """Train the baseline and return its predicted class numbers (N,) for `texts`.
 
-    The strength of its regularisation is chosen on `validation`, and the final fit is on both: it has no other use
-    for held-out texts, and a yardstick shall be as good as it can be.
+    The regularisation strength is chosen by the accuracy on `validation`. The final fit uses `train` and `validation`,
+    which makes the baseline stronger.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     def fit(data: LabelledTexts, strength: float):
-        # one-letter words too: "I" and "a" tell as much as others
+        # scikit-learn's default pattern drops words of one letter, such as "I".
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\b\w+\b")
         model = LogisticRegression(C=strength, max_iter=1000)
         model.fit(vectorizer.fit_transform(data.texts), data.labels)
@@ -44,10 +44,10 @@ def linear_baseline(train: LabelledTexts, validation: LabelledTexts, texts: Sequ
 
 
 def compare_with_baseline(predictions: np.ndarray, splits: ReviewSplits) -> dict[str, float]:
-    """Train the baseline on the same split and test which is better (`mcnemar_test`).
+    """Train the baseline on the same split and compare the network with it on the test texts (`mcnemar_test`).
 
     Args:
-        predictions: (N,) classes of the test texts, by the network.
+        predictions: (N,) class numbers that the network predicts for the test texts.
     """
     labels = np.asarray(splits.test.labels)
     baseline = linear_baseline(splits.train, splits.validation, splits.test.texts)

@@ -1,17 +1,14 @@
-"""Labelled texts for a classifier: where they come from, how they are cleaned, split and cut into tokens."""
+"""Load labelled texts, remove duplicates, and split them into training, validation and test sets."""
 
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
 from ..atomic import atomic_file
 from ..data.files import (
@@ -21,21 +18,18 @@ from ..data.files import (
     declared_class_names,
     file_format,
     find_files,
-    is_missing,
+    load_hub_dataset,
     read_rows,
-    short,
     split_of,
     text_of,
 )
 from ..data.tales.reviews import TALE_REVIEW_LABELS, tale_reviews
-from ..model.pooling_minigpt import num_head_tokens
-from ..tokenization import plain_text_encoder
+from .arguments import ReviewArguments
+from .labels import LabelReader
 
 
-Truncation = Literal["head", "tail", "head_tail", "windows"]
-TRUNCATIONS = ("head", "tail", "head_tail", "windows")
-
-DEFAULT_NUM_TALE_REVIEWS = 6000
+TALE_REVIEWS = "reviews of tales"
+NUM_TALE_REVIEWS = 6000
 DEFAULT_TEST_FRACTION = 0.2
 
 _BREAK = re.compile(r"\s*<br\s*/?>\s*", re.IGNORECASE)
@@ -45,10 +39,10 @@ _SPACE = re.compile(r"\s+")
 
 @dataclass
 class LabelledTexts:
-    """Texts and the number of each one's class."""
+    """Texts and their class numbers."""
 
-    texts: list[str]
-    labels: list[int]
+    texts: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,15 +53,15 @@ class LabelledTexts:
 
 @dataclass
 class ReviewSplits:
-    """
+    """The training, validation and test sets of a dataset, without texts in common.
+
     Attributes:
-        name: what the user called the data.
-        class_names: by class number.
-        train, validation, test: no text of one is in another.
-        unlabelled: texts for pretraining, of no other split.
-        num_duplicates: texts left out because they stand elsewhere; `num_across` of them were in the test split too.
-        num_without_label: rows of the labelled splits left out because they have none.
-        num_without_text: rows left out because they have no text.
+        name: name or path of the dataset.
+        class_names: names of the classes, by class number.
+        unlabelled: additional texts for pretraining.
+        num_duplicates: number of duplicates removed; `num_across` of them duplicate a text of the given test split.
+        num_without_label: number of rows removed because they have no label.
+        num_without_text: number of rows removed because they have no text.
     """
 
     name: str
@@ -83,139 +77,131 @@ class ReviewSplits:
 
     @property
     def pretraining_texts(self) -> list[str]:
-        """What a language model may see before the classifier is tested: neither test nor validation texts."""
+        """The texts to pretrain on: training and unlabelled texts, without validation and test texts."""
         return self.train.texts + self.unlabelled
 
 
 def clean_text(text: str) -> str:
-    """Line breaks where there were HTML ones, and nothing around the text."""
+    """Replace HTML line breaks by newlines, and strip the text."""
     return _BREAKS.sub("\n", _BREAK.sub("\n", text)).strip()
 
 
 def text_key(text: str) -> bytes:
-    """What two texts have in common that differ in case and white space only."""
+    """Return a hash that is equal for texts that differ only in case and white space."""
     return hashlib.blake2b(_SPACE.sub(" ", text).strip().casefold().encode(), digest_size=16).digest()
 
 
-def load_reviews(
-    dataset: str | Path | None = None,
-    *,
-    config_name: str | None = None,
-    text_column: str = "text",
-    label_column: str = "label",
-    class_names: Sequence[str] | None = None,
-    label_map: Mapping[str, str] | None = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    unlabelled_split: str | None = None,
-    test_fraction: float | None = None,
-    validation_fraction: float = 0.1,
-    split_seed: int = 0,
-    max_examples: int | None = None,
-) -> ReviewSplits:
-    """Name a set of labelled texts, get its three splits.
+def load_reviews(args: ReviewArguments) -> ReviewSplits:
+    """Load a dataset of labelled texts and split it.
 
-    Texts are cleaned (`clean_text`); of equal ones (`text_key`) the first is kept, and the test split's before all
-    others. Both held-out sets are stratified, and follow from `split_seed` alone.
-
-    Args:
-        dataset: None for the embedded reviews of tales; a file, folder or glob of .jsonl, .json, .csv, .tsv, .parquet,
-            each also .gz or .zst (of several files, the words train and test in their names tell the splits); else a
-            name on the Hub.
-        config_name: of a Hub dataset.
-        class_names: by class number, which is what a whole number in the column is. Other values are names. None: the
-            names that the data declares (`ClassLabel`), else negative and positive. Where the data declares some of
-            these names, its numbers are looked up by name.
-        label_map: name of the class for values of the column that are neither, or mean something else.
-        unlabelled_split: more texts for `pretraining_texts`, labels not read.
-        test_fraction: share of the texts to hold out where there is no test split; None for 0.2.
-        validation_fraction: share of what is left for training.
-        max_examples: use only so many for training, after all splits are made.
+    Texts are cleaned (`clean_text`). Of duplicates (equal `text_key`) the first is kept, but those of the test split
+    take precedence. Held-out sets are stratified by class and depend on `args.split_seed` only; `args.max_examples`
+    applies after splitting.
 
     Raises:
-        ValueError: nothing there by that name, a column or a split that is not there, a value that is no text, a label
-            without a name. The message names file, row and column.
+        ValueError: the dataset, a split or a column is missing, a text or label is invalid, or a class does not occur.
+            The message names the file, row and column.
     """
-    for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
-        if share is not None and not 0 < share < 1:
-            raise ValueError(f"{name}={share} must lie between 0 and 1, both excluded.")
-    num_without_label = num_without_text = 0
-    splits: dict[str, LabelledTexts] = {}
-    unlabelled: list[str] = []
-    if dataset is None:
-        name, class_names = "reviews of tales", TALE_REVIEW_LABELS
-        splits["train"] = LabelledTexts(*tale_reviews(DEFAULT_NUM_TALE_REVIEWS))
-    else:
-        name = str(dataset)
-        sources = _open(dataset, config_name)
-        for flag, split in (("train_split", train_split), ("unlabelled_split", unlabelled_split)):
-            if split is not None and split not in sources:
-                raise ValueError(f"{name} has no split {split!r}; name one of {sorted(sources)} as {flag}.")
-        used = {
-            key: sources[split] for key, split in (("train", train_split), ("test", test_split)) if split in sources
-        }
-        declared = {tuple(names) for source in used.values() if (names := source.declared_names(label_column))}
-        if len(declared) > 1:
-            raise ValueError(f"{name} declares the classes of {label_column!r} differently: {sorted(declared)}.")
-        declared_names = list(declared.pop()) if declared else None
-        class_names = class_names or declared_names or ("negative", "positive")
-        class_of = _ClassNumbers(class_names, declared_names, label_map or {})
-        for key, source in used.items():
-            splits[key] = LabelledTexts([], [])
-            for row in source.rows([text_column, label_column]):
-                text = clean_text(text_of(row, text_column) or "")
-                number = class_of(row, label_column)
-                num_without_text += not text
-                num_without_label += bool(text) and number is None
-                if text and number is not None:
-                    splits[key].texts.append(text)
-                    splits[key].labels.append(number)
-        if unlabelled_split is not None:
-            rows = sources[unlabelled_split].rows([text_column])
-            unlabelled = [text for row in rows if (text := clean_text(text_of(row, text_column) or ""))]
-    if "test" in splits and test_fraction is not None:
+    loaded = _load_tale_reviews() if args.dataset is None else _load_dataset(args)
+    train, test, unlabelled = loaded.train, loaded.test, loaded.unlabelled
+    if test is not None and args.test_fraction is not None:
         raise ValueError(
-            f"test_fraction={test_fraction}, but {name} has a split {test_split!r} to test on: leave it out, or name "
-            "a test_split that is not there."
+            f"test_fraction={args.test_fraction}, but {loaded.name} has a test split {args.test_split!r}. Leave out "
+            "test_fraction, or set test_split to a name that does not exist."
         )
-    assert class_names is not None
-    for key, given in splits.items():
-        if set(given.labels) != set(range(len(class_names))):
+    for split, data in (("train", train), ("test", test)):
+        if data is not None and set(data.labels) != set(range(len(loaded.class_names))):
             raise ValueError(
-                f"{name}, {key}: of the classes {list(class_names)} only number {sorted(set(given.labels))} occur; "
-                "name those that do by class_names, or give more rows."
+                f"{loaded.name}, {split}: of the classes {loaded.class_names} only number {sorted(set(data.labels))} "
+                "occur. Set class_names to the classes that occur, or add examples."
             )
 
-    train, test = splits["train"], splits.get("test")
     test_keys = set() if test is None else set(map(text_key, test.texts))
     seen = set(test_keys)
-    kept = _first_of_each(train.texts, seen)
+    kept = _unseen(train.texts, seen)
     num_across = sum(text_key(text) in test_keys for text in train.texts + unlabelled)
     num_duplicates = len(train) - len(kept)
     train = train.select(kept)
     if test is None:
-        rest, held_out = stratified_split(train.labels, test_fraction or DEFAULT_TEST_FRACTION, split_seed)
+        fraction = args.test_fraction or DEFAULT_TEST_FRACTION
+        rest, held_out = stratified_split(train.labels, fraction, args.split_seed)
         train, test = train.select(rest), train.select(held_out)
-    rest, held_out = stratified_split(train.labels, validation_fraction, split_seed + 1)
-    kept = _first_of_each(unlabelled, seen)
+    rest, held_out = stratified_split(train.labels, args.validation_fraction, args.split_seed + 1)
+    kept = _unseen(unlabelled, seen)
     num_duplicates += len(unlabelled) - len(kept)
     return ReviewSplits(
-        name=name,
-        class_names=list(class_names),
-        train=train.select(rest[:max_examples]),
+        name=loaded.name,
+        class_names=loaded.class_names,
+        train=train.select(rest[: args.max_examples]),
         validation=train.select(held_out),
         test=test,
         unlabelled=[unlabelled[i] for i in kept],
         num_duplicates=num_duplicates,
         num_across=num_across,
-        num_without_label=num_without_label,
-        num_without_text=num_without_text,
+        num_without_label=loaded.num_without_label,
+        num_without_text=loaded.num_without_text,
     )
 
 
 @dataclass
-class _Source:
-    """One split of a set of labelled texts: its files, or a dataset of the Hub."""
+class _LoadedDataset:
+    """A dataset before deduplication and splitting."""
+
+    name: str
+    class_names: list[str]
+    train: LabelledTexts
+    test: LabelledTexts | None = None
+    unlabelled: list[str] = field(default_factory=list)
+    num_without_label: int = 0
+    num_without_text: int = 0
+
+
+def _load_tale_reviews() -> _LoadedDataset:
+    return _LoadedDataset(TALE_REVIEWS, list(TALE_REVIEW_LABELS), LabelledTexts(*tale_reviews(NUM_TALE_REVIEWS)))
+
+
+def _load_dataset(args: ReviewArguments) -> _LoadedDataset:
+    name = str(args.dataset)
+    splits = _open(name, args.dataset_config)
+    for flag, split in (("train_split", args.train_split), ("unlabelled_split", args.unlabelled_split)):
+        if split is not None and split not in splits:
+            raise ValueError(f"{name} has no split {split!r}. Set {flag} to one of {sorted(splits)}.")
+    train, test = splits[args.train_split], splits.get(args.test_split)
+    labelled = [train] if test is None else [train, test]
+    declared = {tuple(names) for part in labelled if (names := part.declared_names(args.label_column))}
+    if len(declared) > 1:
+        raise ValueError(
+            f"{name}: the splits declare different classes for {args.label_column!r}: {sorted(declared)}. Rewrite "
+            "them with the same classes."
+        )
+    declared_names = list(declared.pop()) if declared else None
+    class_names = args.class_names or declared_names or ["negative", "positive"]
+    label_map = dict(item.split("=", 1) for item in args.label_map)
+    class_of = LabelReader(class_names, declared_names, label_map)
+    loaded = _LoadedDataset(name, class_names, LabelledTexts(), None if test is None else LabelledTexts())
+    for source, data in ((train, loaded.train), (test, loaded.test)):
+        if source is None or data is None:
+            continue
+        for row in source.rows([args.text_column, args.label_column]):
+            text = clean_text(text_of(row, args.text_column) or "")
+            label = class_of(row, args.label_column)
+            if not text:
+                loaded.num_without_text += 1
+            elif label is None:
+                loaded.num_without_label += 1
+            else:
+                data.texts.append(text)
+                data.labels.append(label)
+    if args.unlabelled_split is not None:
+        rows = splits[args.unlabelled_split].rows([args.text_column])
+        texts = (clean_text(text_of(row, args.text_column) or "") for row in rows)
+        loaded.unlabelled = [text for text in texts if text]
+    return loaded
+
+
+@dataclass
+class _Split:
+    """A split of a dataset, from files or from the Hub."""
 
     name: str
     files: list[Path] = field(default_factory=list)
@@ -230,127 +216,41 @@ class _Source:
                 yield Row(f"{self.name}, row {i}", values)
 
     def declared_names(self, column: str) -> list[str] | None:
+        """Return the class names that the files or the dataset declare for a column."""
+        if self.dataset is not None:
+            return getattr(self.dataset.features.get(column), "names", None)
         found = {tuple(names) for file in self.files if (names := declared_class_names(file, column))}
         if len(found) > 1:
             raise ValueError(
-                f"the files of {self.name} declare the classes of {column!r} differently: {sorted(found)}."
+                f"{self.name}: the files declare different classes for {column!r}: {sorted(found)}. Rewrite them with "
+                "the same classes."
             )
-        if self.dataset is not None:
-            return getattr(self.dataset.features.get(column), "names", None)
         return list(found.pop()) if found else None
 
 
-def _open(dataset: str | Path, config_name: str | None) -> dict[str, _Source]:
+def _open(dataset: str, config_name: str | None) -> dict[str, _Split]:
     files = find_files(dataset, ROW_SUFFIXES)
     if files is not None:
-        sources: dict[str, _Source] = {}
-        splits = {file: "train" if len(files) == 1 else split_of(file, Path(dataset)) for file in files}
-        unknown = next((file for file, split in splits.items() if split is None), None)
-        if unknown is not None and any(splits.values()):
+        splits: dict[str, _Split] = {}
+        names = {file: "train" if len(files) == 1 else split_of(file, Path(dataset)) for file in files}
+        unknown = next((file for file, name in names.items() if name is None), None)
+        if unknown is not None and any(names.values()):
             raise ValueError(
-                f"{unknown}: its name tells no split, and others of {dataset} do: put train or test into "
-                "it, or take it away."
+                f"{unknown}: the file name contains no split, unlike other files of {dataset}. Add train or test to "
+                "the name, or remove the file."
             )
-        for file, split in splits.items():
-            split = split or "train"
-            sources.setdefault(split, _Source(f"{dataset}, split {split}")).files.append(file)
-        return sources
+        for file, name in names.items():
+            name = name or "train"
+            splits.setdefault(name, _Split(f"{dataset}, split {name}")).files.append(file)
+        return splits
     if file_format(dataset) in ROW_SUFFIXES:
-        raise ValueError(f"no file {dataset}: look at its path.")
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(str(dataset), config_name)
-    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"no file, folder or Hub dataset {dataset} that can be read: {error}") from error
-    return {split: _Source(f"{dataset}, split {split}", dataset=rows) for split, rows in splits.items()}
+        raise ValueError(f"dataset={dataset}: there is no such file. Check the path.")
+    loaded = load_hub_dataset(dataset, config_name)
+    return {name: _Split(f"{dataset}, split {name}", dataset=rows) for name, rows in loaded.items()}
 
 
-class _ClassNumbers:
-    """From a value of the label column to the number of its class; None where there is no label.
-
-    There is none where the value is null, NaN or an empty text, or -1 in a column that declares its classes, as the
-    Hub's unlabelled rows have.
-    """
-
-    def __init__(self, class_names: Sequence[str], declared: Sequence[str] | None, label_map: Mapping[str, str]):
-        for value, name in label_map.items():
-            if name not in class_names:
-                raise ValueError(
-                    f"label_map has {value}={name}, and {name!r} is not among class_names={list(class_names)}."
-                )
-        self.class_names = list(class_names)
-        self.declared = declared
-        self.label_map = label_map
-        # where a class is called by a number, numbers are names
-        is_numbered = any(_whole_number(name) is not None for name in class_names)
-        # names that are all others are given anew, number by number
-        self.declared_classes = _same_classes(declared or (), class_names)
-        is_renamed = all(number is None for number in self.declared_classes)
-        self.takes_numbers = is_renamed and not is_numbered
-
-    def __call__(self, row: Row, column: str) -> int | None:
-        value = row.values.get(column)
-        if is_missing(value) or value == "":
-            return None
-        number = _whole_number(value)
-        keys = [str(value)]
-        if keys[0].lower() in ("true", "false"):
-            keys.append(keys[0].lower())
-        if number is not None:
-            keys.append(str(number))
-        if self.declared is not None and isinstance(value, int):
-            if value == -1 and "-1" not in self.label_map:
-                return None
-            if 0 <= value < len(self.declared):
-                keys.insert(0, self.declared[value])
-        for key in keys:
-            if key in self.label_map:
-                return self.class_names.index(self.label_map[key])
-        if self.declared is not None and isinstance(value, int) and 0 <= value < len(self.declared):
-            known = self.declared_classes[value]
-            if known is not None:
-                return known
-        for key in keys:
-            if key in self.class_names:
-                return self.class_names.index(key)
-        if number is not None and self.takes_numbers and 0 <= number < len(self.class_names):
-            return number
-        raise ValueError(
-            f"{row.place}: {column} {short(keys[0])} is neither a number below {len(self.class_names)} nor among "
-            f"class_names={self.class_names}: list all classes there, or map it, label_map "
-            f"{keys[0]}={self.class_names[0]}."
-        )
-
-
-def _same_classes(declared: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
-    """The class that each declared name means: the one of that name, or where all are short forms (neg, pos), the one
-    that begins with it; None where there is none."""
-    lower = [name.casefold() for name in class_names]
-    begins = [[i for i, name in enumerate(lower) if name.startswith(short.casefold())] for short in declared]
-    found = [numbers[0] for numbers in begins if len(numbers) == 1]
-    if len(set(found)) == len(declared):
-        return list(found)
-    return [class_names.index(name) if name in class_names else None for name in declared]
-
-
-def _whole_number(value: Any) -> int | None:
-    """The whole number that a label is, or is written as: 1, 1.0, True, "1", "1.0", "true"."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in ("true", "false"):
-            return int(text == "true")
-        try:
-            value = float(text)
-        except ValueError:
-            return None
-    if isinstance(value, bool | int | float) and value == value and abs(value) < 2**53 and value == int(value):
-        return int(value)
-    return None
-
-
-def _first_of_each(texts: Sequence[str], seen: set[bytes]) -> list[int]:
-    """Indices of the texts that are not empty and not in `seen`, which grows by them."""
+def _unseen(texts: Sequence[str], seen: set[bytes]) -> list[int]:
+    """Return the indices of texts whose key is not in `seen`, and add their keys."""
     kept = []
     for i, text in enumerate(texts):
         key = text_key(text)
@@ -361,12 +261,13 @@ def _first_of_each(texts: Sequence[str], seen: set[bytes]) -> list[int]:
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rest and of the held-out texts, both shuffled: `fraction` of each class, at least one.
+    """Split indices into a remaining and a held-out part, both shuffled, with `fraction` of each class held out.
 
-    Warns if the share of all texts comes out more than a third off, as with many classes of a few texts each.
+    Each part contains at least one example of each class. Warns if the held-out part is therefore more than a third
+    larger or smaller than `fraction` of all examples.
 
     Raises:
-        ValueError: a class of one text.
+        ValueError: a class has a single example.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     array = np.asarray(labels)
@@ -374,109 +275,26 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
     for number in np.unique(array):
         members = generator.permutation(np.flatnonzero(array == number))
         if len(members) < 2:
-            raise ValueError(f"class {number} has one text only: give more, some to train on and some to hold out.")
+            raise ValueError(
+                f"class {number} has a single text. Add texts, so that some can be held out and some trained on."
+            )
         num_held_out = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out.append(members[:num_held_out])
         rest.append(members[num_held_out:])
-    num, wanted = sum(map(len, held_out)), fraction * len(array)
-    # one text more or less is no news where there are few
-    if abs(num - wanted) > max(wanted / 3, 1):
+    num_held_out, expected = sum(map(len, held_out)), fraction * len(array)
+    # A difference of one text is normal in a small set.
+    if abs(num_held_out - expected) > max(expected / 3, 1):
         warnings.warn(
-            f"a held-out share of {fraction:g} asks for {wanted:,.0f} of {len(array):,} texts, and {num:,} "
-            f"({num / len(array):.1%}) are held out, since each of the {len(rest)} classes has one at least in either "
-            "part. Give more texts of each class, or another share.",
+            f"a held-out fraction of {fraction:g} means {expected:,.0f} of {len(array):,} texts, but "
+            f"{num_held_out:,} ({num_held_out / len(array):.1%}) are held out, because each of the {len(rest)} "
+            "classes needs at least one text in both parts. Add texts of each class, or change the fraction.",
             stacklevel=2,
         )
     return generator.permutation(np.concatenate(rest)), generator.permutation(np.concatenate(held_out))
 
 
-def model_truncation(truncation: Truncation) -> Literal["head", "tail", "head_tail"]:
-    """The config's `truncation` for a way of making rows: what is kept of a text in evaluation and use."""
-    return "head_tail" if truncation == "windows" else truncation
-
-
-class ReviewRows(Dataset):
-    """Reviews as rows of tokens, with end-of-text before them, as in pretraining, and after them.
-
-    Item i is `{"input_ids": (T,) int64, "labels": int}`; without labels only the former. What changes from epoch to
-    epoch (windows, dropped tokens) follows from (seed, epoch, i) alone; how long rows are does not change.
-
-    Args:
-        max_length: tokens of a row, its frame included.
-        truncation: what is kept of a longer review: its `head`, its `tail` or `head_tail`, which is what
-            `MiniGPTForSequenceClassification` keeps with the same `config.truncation`; or `windows`: a random window
-            in each epoch of the training, `head_tail` in evaluation.
-        token_dropout: share of the tokens that are replaced by end-of-text, which says nothing.
-        labels: None for text to be judged.
-
-    Attributes:
-        lengths: (number of rows,) tokens of each row.
-        num_truncated: reviews longer than a row.
-    """
-
-    def __init__(
-        self,
-        texts: Sequence[str],
-        labels: Sequence[int] | None,
-        tokenizer: PreTrainedTokenizerFast,
-        max_length: int,
-        truncation: Truncation = "head",
-        *,
-        training: bool = False,
-        token_dropout: float = 0.0,
-        seed: int = 0,
-    ):
-        if truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation={truncation!r} is unknown: choose one of {', '.join(TRUNCATIONS)}.")
-        if max_length < 4:
-            raise ValueError(f"context_length={max_length} leaves no room for text: choose at least 4.")
-        assert tokenizer.eos_token_id is not None and not (labels is None and training)
-        self.eos = tokenizer.eos_token_id
-        self.max_length = max_length
-        self.room = max_length - 2
-        self.truncation = truncation
-        self.num_head = num_head_tokens(model_truncation(truncation), max_length) - 1
-        self.training = training
-        self.token_dropout = token_dropout
-        self.seed = seed
-        self.epoch = 0
-        encoder = plain_text_encoder(tokenizer)
-        # one flat array: a list of lists of Python numbers would take 20 times the memory
-        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        self.offsets = np.cumsum([0, *(len(encoding) for encoding in encodings)])
-        self.tokens = np.concatenate([np.array(e.ids, dtype=np.int32) for e in encodings] or [np.empty(0, np.int32)])
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        sizes = np.diff(self.offsets)
-        self.num_truncated = int((sizes > self.room).sum())
-        self.lengths = np.minimum(sizes, self.room) + 2
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other windows and drop other tokens."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-        generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch, index])) if self.training else None
-        if len(tokens) > self.room:
-            tokens = tokens[self._kept(len(tokens), generator)]
-        tokens = tokens.astype(np.int64)
-        if generator is not None and self.token_dropout > 0:
-            tokens[generator.random(len(tokens)) < self.token_dropout] = self.eos
-        item = {"input_ids": torch.from_numpy(np.concatenate([[self.eos], tokens, [self.eos]]))}
-        return item if self.labels is None else item | {"labels": int(self.labels[index])}
-
-    def _kept(self, size: int, generator: np.random.Generator | None) -> Any:
-        if self.truncation == "windows" and generator is not None:
-            begin = int(generator.integers(0, size - self.room, endpoint=True))
-            return slice(begin, begin + self.room)
-        return np.r_[: self.num_head, size - self.room + self.num_head : size]
-
-
 def write_texts(texts: Sequence[str], path: str | Path) -> None:
-    """Write texts as the column `text` of a .parquet or .jsonl file, which `load_documents` reads."""
+    """Write texts as the column `text` of a .parquet or .jsonl file."""
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": list(texts)})

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..metrics import load_metric
 from ..training.arguments import ModelArguments
 from ..training.lora import LoraArguments
 from ..training.report import HYPERPARAMETERS, TrainingReport, plain
 from .arguments import ClassificationArguments, ReviewArguments
+from .batching import ReviewRows
 from .cards import CLASSIFICATION_METRICS, CLASSIFIER_USE
-from .data import LabelledTexts, ReviewRows, ReviewSplits
-from .metrics import confusion_matrix
+from .data import LabelledTexts, ReviewSplits
+from .metrics import confusion_matrix, load_metric
 from .plots import plot_confusion_matrix, plot_reliability
 
 

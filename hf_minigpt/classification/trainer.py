@@ -15,8 +15,7 @@ from ..training.callbacks import SetEpoch
 from ..training.optimizers import optimizer_cls_and_kwargs
 from .adversarial import perturbed_embeddings
 from .arguments import ClassificationArguments
-from .batching import ReviewCollator, TokenBudgetBatches, batches_by_length
-from .data import ReviewRows
+from .batching import ReviewCollator, ReviewRows, TokenBudgetBatches, batches_by_length
 from .metrics import classification_metrics
 
 

@@ -1,7 +1,7 @@
 """
-A page to try a language model: it writes on from a text, shows what may come next and what each token looks at.
+A demo page for a language model: text generation, next-token probabilities, attention weights and sentiment.
 
-It runs alone, as a Hub Space does: of this package it imports nothing. Needs gradio.
+The file is copied into a Hub Space, so it imports nothing from this package. It requires gradio.
 """
 
 import html
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 
-# Wider maps have cells too small for a finger, and no reader for their labels.
+# With more tokens, the cells become too small for touch screens and the labels illegible.
 MAX_ATTENTION_TOKENS = 16
 NUM_BARS = 10
 
@@ -43,11 +43,12 @@ CSS = """
 
 
 class Page:
-    """What the page shows, without the page.
+    """The contents of the page, independent of gradio.
 
     Args:
-        model: a causal language model with eager attention, which alone tells its weights.
-        classifier: a text-classification pipeline.
+        model: causal language model with eager attention, the only implementation that returns attention weights.
+        tokenizer: its tokenizer.
+        classifier: text-classification pipeline, or None.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, classifier: Any = None):
@@ -59,24 +60,27 @@ class Page:
         self.num_heads = model.config.num_attention_heads
 
     def encode(self, text: str) -> torch.Tensor:
-        """Ids (1, T), a beginning-of-text token first as in training; of a long text, the end."""
+        """Return ids (1, T) that begin with end-of-text, as in training, truncated from the left."""
         ids = self.tokenizer(text)["input_ids"]
-        # this file runs without the package too, with tokenizers that put none in front (GPT-2's)
+        # Some tokenizers, such as GPT-2's, do not add it.
         if ids[:1] != [self.tokenizer.eos_token_id]:
             ids = [self.tokenizer.eos_token_id, *ids]
         return torch.tensor([ids[-self.context_length :]], device=self.model.device)
 
-    def write(
+    def generate(
         self, text: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float
     ) -> Iterator[str]:
-        """The text, longer at every turn; temperature 0 is the likeliest. A full context goes on from its half."""
+        """Yield the text with more and more generated tokens.
+
+        A temperature of 0 selects greedy decoding. When the context is full, its first half is dropped.
+        """
         sampling = {"temperature": temperature, "top_k": int(top_k), "top_p": top_p} if temperature > 0 else {}
-        left = int(max_new_tokens)
-        while left > 0:
+        remaining = int(max_new_tokens)
+        while remaining > 0:
             ids = self.encode(text)
             if ids.shape[1] >= self.context_length:
                 ids = ids[:, -max(self.context_length // 2, 1) :]
-            num_new = min(left, self.context_length - ids.shape[1])
+            num_new = min(remaining, self.context_length - ids.shape[1])
             config = GenerationConfig(
                 max_new_tokens=num_new,
                 do_sample=temperature > 0,
@@ -89,7 +93,7 @@ class Page:
             for piece in self._stream(ids, config):
                 text += piece
                 yield text
-            left -= num_new
+            remaining -= num_new
             if text == before or self.encode(text).shape[1] < self.context_length:
                 break
 
@@ -98,7 +102,7 @@ class Page:
         stopped = threading.Event()
         errors: list[Exception] = []
 
-        def generate() -> None:
+        def run() -> None:
             try:
                 self.model.generate(
                     ids,
@@ -111,12 +115,12 @@ class Page:
                 errors.append(error)
                 streamer.end()
 
-        thread = threading.Thread(target=generate, daemon=True)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
             yield from streamer
         finally:
-            # also where the reader has left
+            # also when the reader stops early
             stopped.set()
             thread.join()
         if errors:
@@ -124,34 +128,35 @@ class Page:
 
     @torch.no_grad()
     def next_tokens(self, text: str) -> str:
-        """Bars of the likeliest next tokens."""
+        """Return a bar chart of the most likely next tokens, as HTML."""
         logits = self.model(self.encode(text)).logits[0, -1].float()
         best = logits.softmax(-1).topk(min(NUM_BARS, len(self.tokenizer)))
-        return bars(self.written(best.indices.tolist()), best.values.tolist())
+        return bar_chart(self.token_names(best.indices.tolist()), best.values.tolist())
 
     @torch.no_grad()
     def attention(self, text: str, layer: int, head: int) -> str:
-        """A heatmap of one head, layers and heads counted from 1."""
+        """Return a heatmap of the attention weights of one head, as SVG. Layers and heads are counted from 1."""
         ids = self.encode(text)
         weights = self.model(ids, output_attentions=True).attentions[int(layer) - 1][0, int(head) - 1]
-        # the whole text is read, its end shown
+        # The model reads the whole text, but only its end is shown.
         shown = slice(-MAX_ATTENTION_TOKENS, None)
-        return heatmap(self.written(ids[0, shown].tolist()), weights[shown, shown].float().tolist())
+        return heatmap(self.token_names(ids[0, shown].tolist()), weights[shown, shown].float().tolist())
 
     def sentiment(self, text: str) -> str:
-        """Bars of the classifier's labels."""
+        """Return a bar chart of the classifier's scores, as HTML."""
         if not text.strip():
             return ""
         answers = self.classifier(text, top_k=None, truncation=True)
-        return bars([answer["label"] for answer in answers], [answer["score"] for answer in answers])
+        return bar_chart([answer["label"] for answer in answers], [answer["score"] for answer in answers])
 
-    def written(self, ids: Sequence[int]) -> list[str]:
-        """Each token as text, its white space visible."""
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token, with visible white space."""
         texts = (str(self.tokenizer.decode([token])) for token in ids)
         return [text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") for text in texts]
 
 
-def bars(names: Sequence[str], shares: Sequence[float]) -> str:
+def bar_chart(names: Sequence[str], shares: Sequence[float]) -> str:
+    """Return a horizontal bar chart, as HTML, of shares between 0 and 1."""
     rows = "".join(
         f'<div class="name" title="{html.escape(name)}">{html.escape(name)}</div>'
         f'<div class="track"><div class="bar" style="width:{100 * share:.2f}%"></div></div>'
@@ -162,16 +167,19 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> str:
 
 
 def heatmap(names: Sequence[str], weights: Sequence[Sequence[float]]) -> str:
-    """Rows attend to columns; a cell's darkness is its weight, and a finger or the mouse on it tells the number."""
+    """Return a causal attention map, as SVG, with a row per query and a column per key.
+
+    Darker cells have larger weights. A tooltip shows the number.
+    """
     size, margin = 22, 96
     side = margin + size * len(names)
     parts = [f'<rect class="ground" x="{margin}" y="{margin}" width="{side - margin}" height="{side - margin}"/>']
     for i, name in enumerate(names):
         label = html.escape(name if len(name) <= 12 else name[:11] + "…")
-        middle = margin + size * i + size / 2
-        parts.append(f'<text x="{margin - 6}" y="{middle + 4}" text-anchor="end" font-size="13">{label}</text>')
-        turned = f'transform="translate({middle + 4} {margin - 6}) rotate(-90)"'
-        parts.append(f'<text {turned} font-size="13">{label}</text>')
+        center = margin + size * i + size / 2
+        parts.append(f'<text x="{margin - 6}" y="{center + 4}" text-anchor="end" font-size="13">{label}</text>')
+        rotation = f'transform="translate({center + 4} {margin - 6}) rotate(-90)"'
+        parts.append(f'<text {rotation} font-size="13">{label}</text>')
         for j, weight in enumerate(weights[i][: i + 1]):
             title = f"{html.escape(name)} → {html.escape(names[j])}: {weight:.1%}"
             x, y = margin + size * j, margin + size * i
@@ -183,7 +191,7 @@ def heatmap(names: Sequence[str], weights: Sequence[Sequence[float]]) -> str:
 
 
 def load_page(model: str, classifier: str | None = None, trust_remote_code: bool = False) -> Page:
-    """A page on a model and a classifier, each a folder or a name on the Hub."""
+    """Load the model and the optional classifier of a page, each from a folder or the Hub."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=trust_remote_code, attn_implementation="eager"
@@ -191,7 +199,9 @@ def load_page(model: str, classifier: str | None = None, trust_remote_code: bool
     loaded.to(device)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
-        raise ValueError(f"model={model!r}: its tokenizer has no eos_token, with which a text begins. Set one.")
+        raise ValueError(
+            f"model={model!r}: its tokenizer has no eos_token, which is needed at the beginning of texts. Set one."
+        )
     classify = None
     if classifier is not None:
         classify = pipeline(
@@ -201,7 +211,7 @@ def load_page(model: str, classifier: str | None = None, trust_remote_code: bool
 
 
 def build(page: Page, title: str, prompt: str = "", examples: Sequence[str] = ()) -> Any:
-    """The gradio app of a page."""
+    """Build the gradio app of a page."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
@@ -209,23 +219,23 @@ def build(page: Page, title: str, prompt: str = "", examples: Sequence[str] = ()
     with gr.Blocks(title=title, analytics_enabled=False) as app:
         gr.Markdown(
             f"# {html.escape(title)}\n{millions:.2f} million parameters, {page.num_layers} layers of {page.num_heads} "
-            f"heads, {page.context_length} tokens of context. Begin a text and let the model write on; you may edit "
-            "it and go on from there."
+            f"heads, {page.context_length} tokens of context. Write the beginning of a text and let the model "
+            "continue it. You can edit the text at any time."
         )
         text = gr.Textbox(prompt, label="Text", lines=6, max_lines=16, elem_id="text", autoscroll=True)
         with gr.Row():
-            go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
+            generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=80)
             stop = gr.Button("Stop", elem_id="stop", min_width=80)
             clear = gr.Button("Clear", elem_id="clear", min_width=80)
         if examples:
-            gr.Examples([[example] for example in examples], text, label="Beginnings")
-        with gr.Accordion("How it chooses", open=False):
+            gr.Examples([[example] for example in examples], text, label="Examples")
+        with gr.Accordion("Sampling settings", open=False):
             num_new = gr.Slider(1, 512, 80, step=1, label="New tokens", elem_id="num_new")
             temperature = gr.Slider(
-                0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest", elem_id="temperature"
+                0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy decoding", elem_id="temperature"
             )
-            top_k = gr.Slider(0, 200, 0, step=1, label="Top k", info="0: all tokens")
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
+            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
             penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty")
         panels: list[tuple[Any, list[Any], Any]] = []
         with gr.Tabs():
@@ -241,15 +251,16 @@ def build(page: Page, title: str, prompt: str = "", examples: Sequence[str] = ()
                             1, label="Head", minimum=1, maximum=page.num_heads, step=1, precision=0, elem_id="head"
                         )
                     gr.Markdown(
-                        f"Each row is a token and what it looks at, among the last {MAX_ATTENTION_TOKENS} tokens."
+                        f"Each row shows how much a token attends to itself and to earlier tokens. The last "
+                        f"{MAX_ATTENTION_TOKENS} tokens are shown."
                     )
                     panels.append((page.attention, [text, layer, head], gr.HTML(elem_id="attention")))
             if page.classifier is not None:
                 with gr.Tab("Sentiment"):
                     panels.append((page.sentiment, [text], gr.HTML(elem_id="sentiment")))
 
-        # the panels follow what is typed, and the model's text once it stands
-        writing = go.click(page.write, [text, num_new, temperature, top_k, top_p, penalty], text)
+        # The panels are updated when the text changes, by typing or by generation.
+        writing = generate.click(page.generate, [text, num_new, temperature, top_k, top_p, penalty], text)
         stop.click(None, cancels=[writing])
         clear.click(lambda: "", None, text)
         for function, inputs, output in panels:
@@ -259,7 +270,7 @@ def build(page: Page, title: str, prompt: str = "", examples: Sequence[str] = ()
 
 
 def launch(app: Any, **kwargs: Any) -> Any:
-    """Serve an app, with its style, offline: system fonts, nothing fetched, nothing reported."""
+    """Serve an app, with system fonts and without requests to other hosts."""
     import gradio as gr
 
     fonts = ["system-ui", "sans-serif"]

@@ -1,29 +1,35 @@
-"""Figures for model cards."""
+"""Figures of model cards: losses, and what a model attends to and predicts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """Return a matplotlib figure (width and height in inches) and its axes, independent of pyplot and displays."""
+    # imported here, because importing matplotlib takes long
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
 def plot_losses(
     log_history: Sequence[dict[str, Any]], path: str | Path, floor: float | None = None, title: str = ""
 ) -> None:
-    """Draw training and held-out loss against tokens seen, or against steps where the tokens were not logged.
+    """Draw the training and held-out loss against tokens seen, or against steps if tokens were not logged.
 
     Args:
-        log_history: the Trainer's; entries with `loss` or `eval_loss` (nats per token), and with
+        log_history: log history of the Trainer: entries with `loss` or `eval_loss` (nats per token), and
             `num_input_tokens_seen` or `step`.
-        path: of the image, whose suffix tells the format.
-        floor: a loss that no model can beat (nats per token), drawn as a line.
+        path: image to write. The suffix determines the format.
+        floor: lower bound of the loss (nats per token), drawn as a line.
     """
-    # imported here: nobody should wait for matplotlib who does not draw
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(7, 4)
     entries = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
     x = "num_input_tokens_seen" if all("num_input_tokens_seen" in entry for entry in entries) else "step"
     for key, label, style in (("loss", "training", {"alpha": 0.6}), ("eval_loss", "held out", {"marker": "."})):
@@ -44,19 +50,14 @@ def plot_losses(
 def plot_rungs(
     held_out: dict[str, float], training: dict[str, float], path: str | Path, floor: float | None = None
 ) -> None:
-    """Draw the loss of each rung of a ladder, a bar for held-out text and a dot for the text trained on.
+    """Draw the losses of a ladder of models: a bar for the held-out loss and a dot for the training loss of each rung.
 
     Args:
-        held_out, training: nats per token by rung, in the order of the climb.
-        path: of the image, whose suffix tells the format.
-        floor: a loss that no model can beat (nats per token), drawn as a line.
+        held_out, training: loss of each rung (nats per token), from the lowest rung to the highest.
+        path: image to write. The suffix determines the format.
+        floor: lower bound of the loss (nats per token), drawn as a line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(8, 4.5)
     names = list(held_out)
     bars = axes.bar(names, list(held_out.values()), color="tab:blue", alpha=0.8, label="held out")
     axes.bar_label(bars, fmt="%.2f", padding=3)
@@ -75,19 +76,15 @@ def plot_attention_mask(mask: Any, tokens: Sequence[str], path: str | Path) -> N
     """Draw which tokens each token may attend to, as a heatmap.
 
     Args:
-        mask: (T, T) booleans, a row for each token that attends.
-        tokens: the T tokens as they shall be written.
-        path: of the image, whose suffix tells the format.
+        mask: (T, T) booleans, with a row per query and a column per key.
+        tokens: the T tokens as text.
+        path: image to write. The suffix determines the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     size = 2.5 + 0.3 * len(tokens)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(size, size)
     colors = ("lightgrey", "tab:blue")
     axes.pcolormesh(mask, cmap=ListedColormap(colors), vmin=0, vmax=1, edgecolors="white", linewidth=1)
     axes.invert_yaxis()
@@ -107,20 +104,15 @@ def plot_attention_mask(mask: Any, tokens: Sequence[str], path: str | Path) -> N
 
 
 def plot_next_tokens(probabilities: Sequence[float], tokens: Sequence[str], path: str | Path, title: str = "") -> None:
-    """Draw the likeliest next tokens as bars.
+    """Draw the most likely next tokens as bars.
 
     Args:
-        probabilities: in the order in which they shall stand, from the top.
-        tokens: the tokens as they shall be written.
-        path: of the image, whose suffix tells the format.
-        title: for instance the prompt.
+        probabilities: probability of each token, in the order of the bars from the top.
+        tokens: the tokens as text.
+        path: image to write. The suffix determines the format.
+        title: title of the figure, for example the prompt.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 1.2 + 0.28 * len(tokens)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(6, 1.2 + 0.28 * len(tokens))
     places = range(len(tokens))
     bars = axes.barh(places, probabilities, color="tab:blue", alpha=0.8)
     axes.bar_label(bars, fmt="%.2g", padding=3)

@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from hf_minigpt import MiniGPTForSequenceClassification, preset
-from hf_minigpt.classification.arguments import ClassificationArguments
-from hf_minigpt.classification.batching import LENGTH_STEP, ReviewCollator
-from hf_minigpt.classification.data import ReviewRows, load_reviews
+from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments
+from hf_minigpt.classification.batching import LENGTH_STEP, ReviewCollator, ReviewRows
+from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import use_all_cores
@@ -84,7 +84,7 @@ def main() -> None:
         tokenizer = train_tokenizer(["a"], 320, model_max_length=MAX_LENGTH, show_progress=False)
         rows: ReviewRows = RandomReviews(tokenizer, args.num_reviews, args.vocab_size)
     else:
-        data = load_reviews(args.dataset).train
+        data = load_reviews(ReviewArguments(args.dataset)).train
         tokenizer = train_tokenizer(data.texts, args.vocab_size, model_max_length=MAX_LENGTH, show_progress=False)
         data = data.select(range(args.num_reviews))
         rows = ReviewRows(data.texts, data.labels, tokenizer, MAX_LENGTH, training=True)

@@ -1,4 +1,4 @@
-"""Batches by length: nothing lost, nothing twice, little padding, the same number every epoch."""
+"""Batches by length contain each row once, with little padding, in the same number each epoch."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hf_minigpt.classification.batching import ReviewCollator, TokenBudgetBatche
 
 
 class FakeRows:
-    """What the sampler needs of rows."""
+    """The attributes of rows that the sampler uses."""
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths)
@@ -31,26 +31,26 @@ LENGTHS = np.random.default_rng(0).lognormal(5, 0.7, 500).clip(3, 512).astype(in
     budget=st.integers(64, 400),
     seed=st.integers(0, 5),
 )
-def test_every_row_once_under_the_budget(lengths, budget, seed):
+def test_each_row_is_in_one_batch_within_the_token_limit(lengths, budget, seed):
     order = np.random.default_rng(seed).permutation(len(lengths))
     batches = batches_by_length(lengths, budget, order=order)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) * max(lengths[i] for i in batch) <= budget
-    # the sizes do not hang on the order
+    # The batch sizes do not depend on the order.
     assert [len(batch) for batch in batches] == [len(batch) for batch in batches_by_length(lengths, budget)]
 
 
-def test_hardly_any_padding():
+def test_batches_have_less_than_ten_percent_padding():
     batches = batches_by_length(LENGTHS, 4096)
     padded = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
     assert padded / LENGTHS.sum() < 1.1
-    # at random, sixteen at a time, it is a half more
+    # Random batches of 16 have more than 50%.
     shuffled = np.random.default_rng(1).permutation(500)[:496].reshape(-1, 16)
     assert sum(16 * LENGTHS[batch].max() for batch in shuffled) / LENGTHS[shuffled].sum() > 1.5
 
 
-def test_epochs_differ_and_can_be_repeated():
+def test_epochs_differ_and_are_reproducible():
     rows = FakeRows(LENGTHS)
     sampler = TokenBudgetBatches(rows, 4096, seed=3)
     epochs = []
@@ -60,17 +60,17 @@ def test_epochs_differ_and_can_be_repeated():
         assert len(epochs[-1]) == len(sampler)
         assert sorted(i for batch in epochs[-1] for i in batch) == list(range(500))
     assert epochs[0] == epochs[2]
-    # other batches, not the same in another order
+    # The composition of the batches differs, not only their order.
     same = {tuple(sorted(b)) for b in epochs[0]} & {tuple(sorted(b)) for b in epochs[1]}
     assert len(same) < len(epochs[0]) / 4
     assert list(TokenBudgetBatches(rows, 4096, seed=4)) != epochs[0]
-    # not from the short to the long
+    # Batches are not sorted by length.
     order = np.corrcoef(np.arange(len(sampler)), [LENGTHS[batch].mean() for batch in epochs[0]])[0, 1]
     assert abs(order) < 0.4
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_share_an_epoch_evenly(num_processes):
+def test_processes_get_equal_numbers_of_batches(num_processes):
     rows = FakeRows(LENGTHS)
     sampler = TokenBudgetBatches(rows, 4096, num_processes=num_processes)
     shares = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
@@ -78,7 +78,7 @@ def test_processes_share_an_epoch_evenly(num_processes):
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(500))
 
 
-def test_skipping_as_the_trainer_does_when_it_resumes():
+def test_batches_can_be_skipped_on_resume():
     rows = FakeRows(LENGTHS)
     sampler = TokenBudgetBatches(rows, 4096, seed=3)
     whole = list(sampler)
@@ -86,7 +86,7 @@ def test_skipping_as_the_trainer_does_when_it_resumes():
     assert list(skip_first_batches(loader, 5)) == whole[5:]
 
 
-def test_what_does_not_fit_is_refused():
+def test_too_few_tokens_or_rows_are_refused():
     with pytest.raises(ValueError, match=r"tokens_per_batch=100.*at least 104"):
         batches_by_length([3, 101], 100)
     with pytest.raises(ValueError, match="2 processes"):

@@ -1,4 +1,4 @@
-"""Labelled texts from files to rows."""
+"""Labelled texts are loaded, deduplicated, split, truncated and tokenized correctly."""
 
 import re
 
@@ -8,15 +8,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hf_minigpt.classification.data import (
-    ReviewRows,
-    clean_text,
-    load_reviews,
-    model_truncation,
-    stratified_split,
-    text_key,
-    write_texts,
-)
+from hf_minigpt.classification.arguments import ReviewArguments
+from hf_minigpt.classification.batching import ReviewRows, model_truncation
+from hf_minigpt.classification.data import clean_text, load_reviews, stratified_split, text_key, write_texts
 from hf_minigpt.classification.model import frame_with_end_of_text
 from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.model.pooling_minigpt import truncate_rows
@@ -32,53 +26,57 @@ def tokenizer():
     return train_tokenizer(TEXTS, 320, model_max_length=64, show_progress=False)
 
 
+def load(dataset, **options):
+    return load_reviews(ReviewArguments(str(dataset), **options))
+
+
 def write(path, texts=TEXTS, labels=LABELS, **columns):
     frame = pd.DataFrame({"text": texts, "label": labels, **columns})
     getattr(frame, {".csv": "to_csv", ".parquet": "to_parquet"}[path.suffix])(path, index=False)
     return path
 
 
-def test_breaks_become_lines():
+def test_html_breaks_become_newlines():
     assert clean_text(" A<br />B <br/> <BR>\n<br /><br />C  D ") == "A\nB\nC  D"
 
 
-def test_split_of_one_file(tmp_path):
-    # the first and the third are the same to a reader
+def test_one_file_is_deduplicated_and_split_by_class(tmp_path):
+    # The first two texts differ only in case, white space and markup.
     texts = ["Twice  the<br />same", "twice the same", "", *TEXTS]
     path = write(tmp_path / "all.parquet", texts, [0, 0, 1, *LABELS])
-    splits = load_reviews(path, validation_fraction=0.25, test_fraction=0.2)
+    splits = load(path, validation_fraction=0.25, test_fraction=0.2)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [37, 12, 12]
     assert (splits.num_duplicates, splits.num_across, splits.num_without_text) == (1, 0, 1)
     keys = [text_key(text) for part in parts for text in part.texts]
     assert len(set(keys)) == len(keys) == 61
-    # labels stay with their texts, and every part has each class in its share
+    # Texts keep their labels, and each part has the same share of each class.
     expected = dict(zip(map(clean_text, texts), [0, 0, 1, *LABELS], strict=True))
     for part in parts:
         assert [expected[text] for text in part.texts] == part.labels
         assert abs(np.mean(part.labels) - np.mean(LABELS)) < 0.05
-    again = load_reviews(path, validation_fraction=0.25, test_fraction=0.2)
+    again = load(path, validation_fraction=0.25, test_fraction=0.2)
     assert again == splits
-    other = load_reviews(path, validation_fraction=0.25, test_fraction=0.2, split_seed=1)
+    other = load(path, validation_fraction=0.25, test_fraction=0.2, split_seed=1)
     assert set(other.test.texts) != set(splits.test.texts)
-    # less to train on moves nothing into or out of what is held out
-    fewer = load_reviews(path, validation_fraction=0.25, test_fraction=0.2, max_examples=5)
+    # max_examples does not change the held-out sets.
+    fewer = load(path, validation_fraction=0.25, test_fraction=0.2, max_examples=5)
     assert len(fewer.train) == 5 and (fewer.test, fewer.validation) == (splits.test, splits.validation)
 
 
 def hub(monkeypatch, **splits):
-    """As `stanfordnlp/imdb` comes from the Hub: named classes, and -1 for the unlabelled."""
+    """Replace the Hub by a dataset like `stanfordnlp/imdb`: declared classes, and -1 for unlabelled rows."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     data = DatasetDict({k: Dataset.from_dict({"text": v[0], "label": v[1]}, features) for k, v in splits.items()})
 
-    def load(name, config=None):
+    def load_dataset(name, config=None):
         assert name == "stanfordnlp/imdb"
         return data
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
-def test_given_test_split_keeps_its_texts_and_nobody_else_has_them(monkeypatch):
+def test_given_test_split_is_kept_whole_and_its_texts_are_removed_elsewhere(monkeypatch):
     unlabelled = [TEXTS[3], TEXTS[50], "a new one", "a  new one"]
     hub(
         monkeypatch,
@@ -86,7 +84,7 @@ def test_given_test_split_keeps_its_texts_and_nobody_else_has_them(monkeypatch):
         test=([*TEXTS[38:60], TEXTS[59]], [*LABELS[38:60], LABELS[59]]),
         unsupervised=(unlabelled, [-1] * 4),
     )
-    splits = load_reviews("stanfordnlp/imdb", unlabelled_split="unsupervised")
+    splits = load("stanfordnlp/imdb", unlabelled_split="unsupervised")
     assert splits.test.texts == [*TEXTS[38:60], TEXTS[59]]
     assert sorted(splits.train.texts + splits.validation.texts) == sorted(TEXTS[:38])
     assert splits.unlabelled == ["a new one"]
@@ -95,14 +93,14 @@ def test_given_test_split_keeps_its_texts_and_nobody_else_has_them(monkeypatch):
     held_out = set(map(text_key, splits.test.texts + splits.validation.texts))
     assert not held_out & set(map(text_key, splits.pretraining_texts))
     with pytest.raises(ValueError, match="test_fraction"):
-        load_reviews("stanfordnlp/imdb", test_fraction=0.2)
+        load("stanfordnlp/imdb", test_fraction=0.2)
     with pytest.raises(ValueError, match=r"no split 'dev'.*train"):
-        load_reviews("stanfordnlp/imdb", train_split="dev")
+        load("stanfordnlp/imdb", train_split="dev")
 
 
-def test_unlabelled_rows_of_a_held_out_text_are_not_pretrained_on(monkeypatch):
+def test_unlabelled_copies_of_held_out_texts_are_removed(monkeypatch):
     hub(monkeypatch, train=(TEXTS, LABELS), unsupervised=([*TEXTS, "another"], [-1] * 61))
-    splits = load_reviews("stanfordnlp/imdb", unlabelled_split="unsupervised")
+    splits = load("stanfordnlp/imdb", unlabelled_split="unsupervised")
     assert splits.unlabelled == ["another"] and len(splits.test) == 12
 
 
@@ -112,48 +110,48 @@ def test_unlabelled_rows_of_a_held_out_text_are_not_pretrained_on(monkeypatch):
         (["negative", "positive"], {}),
         (["0", "1"], {}),
         ([0.0, 1.0], {}),
-        (["neg", "pos"], {"label_map": {"neg": "negative", "pos": "positive"}}),
-        # a number may mean another class
-        ([1, 0], {"label_map": {"0": "positive", "1": "negative"}}),
+        (["neg", "pos"], {"label_map": ["neg=negative", "pos=positive"]}),
+        # label_map takes precedence over class numbers
+        ([1, 0], {"label_map": ["0=positive", "1=negative"]}),
         (["bad", "good"], {"class_names": ["bad", "good"]}),
     ],
 )
-def test_labels_are_numbers_or_names_or_mapped(tmp_path, values, options):
+def test_labels_may_be_numbers_names_or_mapped(tmp_path, values, options):
     path = write(tmp_path / "a.csv", labels=[values[label] for label in LABELS])
-    splits = load_reviews(path, **options)
+    splits = load(path, **options)
     expected = dict(zip(TEXTS, LABELS, strict=True))
     assert [expected[text] for text in splits.train.texts] == splits.train.labels
 
 
-def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
+def test_rows_without_a_label_are_skipped_and_counted(tmp_path):
     for labels in ([-1, -1, *LABELS[2:]], [None, None, *LABELS[2:]]):
         features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
         Dataset.from_dict({"text": TEXTS, "label": labels}, features).to_parquet(tmp_path / "a.parquet")
-        splits = load_reviews(tmp_path / "a.parquet")
+        splits = load(tmp_path / "a.parquet")
         assert splits.num_without_label == 2 and splits.class_names == ["bad", "good"]
         assert len(splits.train) + len(splits.validation) + len(splits.test) == 58
-    # without a declaration it is a number like others
+    # Without declared classes, -1 is an ordinary value.
     path = write(tmp_path / "b.parquet", labels=[-1, -1, *LABELS[2:]])
-    with pytest.raises(ValueError, match=r"b\.parquet, row 1: label '-1' is neither .* label_map -1=negative"):
-        load_reviews(path)
+    with pytest.raises(ValueError, match=r"b\.parquet, row 1: label '-1' is neither .*--label_map -1=negative"):
+        load(path)
 
 
-def test_mistakes_are_named(tmp_path):
+def test_errors_name_the_value_and_the_remedy(tmp_path):
     path = write(tmp_path / "a.csv", labels=["neg" if label else "meh" for label in LABELS])
     with pytest.raises(ValueError, match=r"'meh' is neither.*label_map meh=negative"):
-        load_reviews(path)
+        load(path)
     with pytest.raises(ValueError, match="'neutral' is not among"):
-        load_reviews(path, label_map={"meh": "neutral"})
+        load(path, label_map=["meh=neutral"])
     with pytest.raises(ValueError, match=r"no column 'review'.*text"):
-        load_reviews(path, text_column="review")
+        load(path, text_column="review")
     with pytest.raises(ValueError, match="only number"):
-        load_reviews(write(tmp_path / "b.csv", labels=[0] * 60))
+        load(write(tmp_path / "b.csv", labels=[0] * 60))
     with pytest.raises(ValueError, match="validation_fraction"):
-        load_reviews(path, validation_fraction=1.0)
+        load(path, validation_fraction=1.0)
     with pytest.raises(ValueError, match=r"\.txt"):
         (tmp_path / "a.txt").write_text("x")
-        load_reviews(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="one text only"):
+        load(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="class 1 has a single text"):
         stratified_split([0, 0, 1], 0.5, 0)
 
 
@@ -163,12 +161,12 @@ def test_mistakes_are_named(tmp_path):
         ([50, 50], 0.1, None),
         ([2, 98], 0.1, None),
         ([5, 5], 0.1, None),
-        ([2] * 77, 0.1, r"share of 0\.1 asks for 15 of 154 texts, and 77 \(50\.0%\).*each of the 77 classes"),
-        ([2] * 77, 0.9, r"share of 0\.9 asks for 139 of 154 texts, and 77 \(50\.0%\)"),
-        ([5] * 10 + [60], 0.02, r"asks for 2 of 110 texts, and 11 \(10\.0%\)"),
+        ([2] * 77, 0.1, r"fraction of 0\.1 means 15 of 154 texts, but 77 \(50\.0%\).*each of the 77 classes"),
+        ([2] * 77, 0.9, r"fraction of 0\.9 means 139 of 154 texts, but 77 \(50\.0%\)"),
+        ([5] * 10 + [60], 0.02, r"means 2 of 110 texts, but 11 \(10\.0%\)"),
     ],
 )
-def test_a_held_out_share_that_comes_out_otherwise_is_said(sizes, fraction, message, recwarn):
+def test_held_out_part_far_from_its_fraction_warns(sizes, fraction, message, recwarn):
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
     rest, held_out = stratified_split(labels, fraction, 0)
     assert sorted([*rest, *held_out]) == list(range(len(labels)))
@@ -179,16 +177,16 @@ def test_a_held_out_share_that_comes_out_otherwise_is_said(sizes, fraction, mess
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_written_texts_are_a_corpus(tmp_path, suffix):
+def test_written_texts_can_be_loaded_for_pretraining(tmp_path, suffix):
     texts = ["Über\nzwei Zeilen", "NA", 'with "quotes", commas']
     write_texts(texts, tmp_path / f"texts{suffix}")
     assert list(load_documents(tmp_path / f"texts{suffix}")) == texts
 
 
-def test_folder_with_two_files_is_two_splits(tmp_path):
+def test_files_named_train_and_test_are_two_splits(tmp_path):
     write(tmp_path / "train.csv", TEXTS[:40], LABELS[:40])
     write(tmp_path / "test.csv", TEXTS[40:], LABELS[40:])
-    splits = load_reviews(tmp_path)
+    splits = load(tmp_path)
     assert splits.test.texts == TEXTS[40:]
 
 
@@ -201,7 +199,9 @@ def rows(texts, tokenizer, length, truncation="head", **options):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
-def test_rows_are_what_the_saved_tokenizer_and_the_model_read(tokenizer, truncation, padding_side, tmp_path):
+def test_rows_equal_texts_tokenized_and_truncated_by_the_saved_tokenizer_and_model(
+    tokenizer, truncation, padding_side, tmp_path
+):
     length = 20
     framed = frame_with_end_of_text(tokenizer)
     framed.save_pretrained(tmp_path)
@@ -217,13 +217,13 @@ def test_rows_are_what_the_saved_tokenizer_and_the_model_read(tokenizer, truncat
     assert data.num_truncated == 2 and data.lengths.max() == length
 
 
-def test_head_and_tail(tokenizer):
+def test_head_tail_keeps_the_first_quarter_and_the_last_three_quarters(tokenizer):
     ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
     (row,) = [rows([LONG], tokenizer, 22, "head_tail")[0]["input_ids"].tolist()]
     assert row == [tokenizer.eos_token_id, *ids[:5], *ids[-15:], tokenizer.eos_token_id]
 
 
-def test_windows_wander_in_training(tokenizer):
+def test_windows_change_in_each_training_epoch(tokenizer):
     texts = ["short", LONG, "other"]
     train = rows(texts, tokenizer, 22, "windows", training=True, seed=3)
     assert len(train) == 3
@@ -236,7 +236,7 @@ def test_windows_wander_in_training(tokenizer):
     assert len(seen) > 10
 
 
-def test_dropped_tokens_follow_from_seed_epoch_and_row(tokenizer):
+def test_token_dropout_depends_on_seed_epoch_and_row(tokenizer):
     texts = [LONG] * 3
     plain = rows(texts, tokenizer, 64)[0]["input_ids"]
     data = rows(texts, tokenizer, 64, training=True, token_dropout=0.25, seed=5)
@@ -256,7 +256,7 @@ def test_dropped_tokens_follow_from_seed_epoch_and_row(tokenizer):
     assert abs(np.mean(shares) - 0.25) < 0.03
 
 
-def test_bad_rows_are_refused(tokenizer):
+def test_unknown_truncation_and_short_context_are_refused(tokenizer):
     with pytest.raises(ValueError, match="middle"):
         rows(["a"], tokenizer, 20, "middle")
     with pytest.raises(ValueError, match="context_length=3"):

@@ -1,31 +1,20 @@
-"""The classifier's training: batches, optimizer, figures, against independent computations."""
+"""Classifiers are built, trained, saved and loaded as independent computations expect."""
 
-import math
-
-import numpy as np
 import pytest
-import sklearn.metrics
 import torch
-from scipy.stats import binomtest
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.classification import report
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments
-from hf_minigpt.classification.batching import ReviewCollator
-from hf_minigpt.classification.data import LabelledTexts, ReviewRows, ReviewSplits, clean_text, model_truncation
-from hf_minigpt.classification.metrics import (
-    bootstrap_interval,
-    classification_metrics,
-    confusion_matrix,
-    mcnemar_test,
-)
+from hf_minigpt.classification.batching import ReviewCollator, ReviewRows, model_truncation
+from hf_minigpt.classification.data import LabelledTexts, ReviewSplits, clean_text
 from hf_minigpt.classification.model import (
     build_classifier,
     check_lora_possible,
     frame_with_end_of_text,
     load_classifier,
 )
-from hf_minigpt.classification.report import evaluate_pipeline, spread
 from hf_minigpt.classification.trainer import (
     ClassificationTrainer,
     classification_optimizer,
@@ -74,7 +63,7 @@ def trainer_of(folder, tokenizer, model=None, rows=None, **options):
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
-def test_predictions_are_those_of_each_review_alone_and_left_padded(tokenizer, name, pooling):
+def test_batched_predictions_equal_those_of_single_and_of_left_padded_texts(tokenizer, name, pooling):
     model = classifier(tokenizer, name, pooling=pooling, truncation_length=LENGTH)
     rows = ReviewRows(TEXTS, None, tokenizer, LENGTH)
     together = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
@@ -90,7 +79,7 @@ def test_predictions_are_those_of_each_review_alone_and_left_padded(tokenizer, n
 
 @pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
-def test_a_stock_pipeline_reads_long_texts_as_the_training_did(tokenizer, tmp_path, name, truncation):
+def test_pipeline_truncates_long_texts_as_the_training_does(tokenizer, tmp_path, name, truncation):
     model = classifier(tokenizer, name, truncation_length=LENGTH, truncation=model_truncation(truncation))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -105,15 +94,15 @@ def test_a_stock_pipeline_reads_long_texts_as_the_training_did(tokenizer, tmp_pa
 
 
 def loss_of_one(model, row, adversarial_epsilon=0.0):
-    """The loss of a review by itself, its embeddings moved along the gradient."""
+    """Return the loss of a single row, with its embeddings perturbed along the gradient."""
     embeddings, labels = model.model.embed_tokens(row["input_ids"][None]), torch.tensor([row["labels"]])
-    (slope,) = torch.autograd.grad(model(inputs_embeds=embeddings, labels=labels).loss, embeddings)
-    moved = embeddings + adversarial_epsilon * embeddings.detach().norm() * slope / slope.norm()
-    return model(inputs_embeds=moved, labels=labels).loss
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=embeddings, labels=labels).loss, embeddings)
+    step = adversarial_epsilon * embeddings.detach().norm() * gradient / gradient.norm()
+    return model(inputs_embeds=embeddings + step, labels=labels).loss
 
 
 @pytest.mark.parametrize("adversarial_epsilon", [0.0, 0.1])
-def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversarial_epsilon, tmp_path):
+def test_optimizer_step_follows_the_gradient_of_the_mean_loss_over_texts(tokenizer, adversarial_epsilon, tmp_path):
     reference = classifier(tokenizer)
     rows = ReviewRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
     losses = torch.stack([loss_of_one(reference, row, adversarial_epsilon) for row in rows])
@@ -126,7 +115,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversar
     options |= {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "no"}
     options |= {"load_best_model_at_end": False, "early_stopping_patience": None, "weight_decay": 0.0}
     options["adversarial_epsilon"] = adversarial_epsilon
-    # all batches of an epoch in one step, of different numbers of reviews
+    # One step accumulates all batches of an epoch, which have different numbers of texts.
     trainer = trainer_of(tmp_path, tokenizer, model, gradient_accumulation_steps=50, **options)
     assert len({len(batch) for batch in trainer.get_train_dataloader().batch_sampler}) > 1
     metrics = trainer.train().metrics
@@ -139,7 +128,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_reviews(tokenizer, adversar
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
-def test_layer_decay(tokenizer, name, optimizer, tmp_path):
+def test_layer_decay_scales_the_learning_rates_of_lower_blocks(tokenizer, name, optimizer, tmp_path):
     model = classifier(tokenizer, name, auxiliary_lm_weight=0.5)
 
     def rates(decay):
@@ -160,7 +149,7 @@ def test_layer_decay(tokenizer, name, optimizer, tmp_path):
     assert {"score.weight"} <= set(decayed)
 
 
-def test_training_learns_keeps_the_best_and_resumes_exactly(tokenizer, tmp_path):
+def test_training_keeps_the_best_checkpoint_and_resumes_exactly(tokenizer, tmp_path):
     from hf_minigpt.training.checkpoints.train_safely import train_safely
 
     def run(folder, **options):
@@ -172,7 +161,7 @@ def test_training_learns_keeps_the_best_and_resumes_exactly(tokenizer, tmp_path)
 
     whole, output = run("whole")
     assert output.metrics["train_examples"] == 120
-    # the first of the best epochs, not the last
+    # Of equally good epochs, the first is kept.
     best = max((e for e in whole.state.log_history if "eval_accuracy" in e), key=lambda e: e["eval_accuracy"])
     found = whole.evaluate()
     assert found["eval_accuracy"] == best["eval_accuracy"] > 0.9 and found["eval_loss"] == best["eval_loss"]
@@ -187,23 +176,25 @@ def test_training_learns_keeps_the_best_and_resumes_exactly(tokenizer, tmp_path)
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
-def test_plain_train_shuffles_every_epoch_too(tokenizer, tmp_path):
+def test_train_without_train_safely_sets_the_epoch(tokenizer, tmp_path):
     seen = []
 
-    class Spy(ReviewRows):
+    class RecordingRows(ReviewRows):
         def set_epoch(self, epoch):
             seen.append(epoch)
             super().set_epoch(epoch)
 
-    rows = Spy(TEXTS, LABELS, tokenizer, LENGTH, training=True)
-    trainer_of(tmp_path, tokenizer, rows=rows).train()
+    rows = RecordingRows(TEXTS, LABELS, tokenizer, LENGTH, training=True)
+    options = {"save_strategy": "no", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": None}
+    trainer_of(tmp_path, tokenizer, rows=rows, **options).train()
     assert seen[0] == 0 and set(seen) == {0, 1}
 
 
 SPLITS = ReviewSplits("mine", ["no", "yes"], *[LabelledTexts(TEXTS, LABELS)] * 3, [], 0, 0, 0)
 
 
-def test_built_classifiers(tmp_path):
+def test_flags_reach_the_config_and_the_frozen_parameters(tmp_path):
     overrides = ["hidden_size=32", "num_attention_heads=2", "num_hidden_layers=3"]
     model_args = ModelArguments(vocab_size=320, context_length=40, config_overrides=overrides)
     args = arguments(tmp_path, frozen_layers=2, dropout=0.3, attention_dropout=0.2, pooling="last")
@@ -225,7 +216,7 @@ def test_built_classifiers(tmp_path):
         build_classifier(model_args, arguments(tmp_path, frozen_layers=4), SPLITS, "head")
 
 
-def test_from_a_gpt2(tmp_path):
+def test_classifier_starts_from_a_gpt2_checkpoint(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 320, model_max_length=32, show_progress=False)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=32))
     gpt2.save_pretrained(tmp_path)
@@ -241,7 +232,7 @@ def test_from_a_gpt2(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path, pooling):
+def test_adapters_are_trained_saved_loaded_and_merged(tokenizer, tmp_path, pooling):
     tiny_model("modern", vocab_size=320, unpadded_vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0,
                pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path / "base")  # fmt: skip
     tokenizer.save_pretrained(tmp_path / "base")
@@ -274,52 +265,14 @@ def test_adapters_learn_are_saved_loaded_and_merged(tokenizer, tmp_path, pooling
     assert not torch.equal(base["score.weight"], whole.score.weight)
 
 
-def test_figures():
-    generator = np.random.default_rng(0)
-    logits, labels = torch.from_numpy(generator.normal(size=(50, 3))), generator.integers(3, size=50)
-    metrics = classification_metrics(logits.float(), labels)
-    probabilities = logits.float().double().softmax(-1).numpy()
-    assert metrics["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities))
-    assert metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, logits.argmax(-1)))
-    assert set(metrics) == {"loss", "accuracy", "f1", "roc_auc", "calibration_error"}
-    predictions = logits.argmax(-1).numpy()
-    matrix = confusion_matrix(predictions, labels, 3)
-    assert (matrix == sklearn.metrics.confusion_matrix(labels, predictions)).all()
-    mean, deviation = spread([0.9, 0.92])
-    assert (mean, deviation) == (pytest.approx(0.91), pytest.approx(0.02 / math.sqrt(2)))
-    assert spread([0.9]) == (0.9, 0.0)
-
-
-def test_mcnemar_equals_the_binomial_test():
-    ours = np.array([True] * 30 + [False] * 12 + [True] * 100)
-    other = np.array([False] * 30 + [True] * 12 + [True] * 100)
-    expected = binomtest(12, 42, 0.5).pvalue
-    assert mcnemar_test(ours, other) == (30, 12, pytest.approx(expected))
-    assert mcnemar_test(other, ours) == (12, 30, pytest.approx(expected))
-    assert mcnemar_test(ours, ours) == (0, 0, 1.0)
-    # as many as there are in a long test set: no overflow
-    many = np.arange(4000) % 5 < 2
-    assert mcnemar_test(many, ~many)[2] == pytest.approx(binomtest(1600, 4000, 0.5).pvalue)
-
-
-def test_interval_is_that_of_resampling():
-    is_right = np.arange(500) % 10 > 0
-    generator = np.random.default_rng(1)
-    means = [is_right[generator.integers(500, size=500)].mean() for _ in range(4000)]
-    low, high = bootstrap_interval(is_right)
-    assert (low, high) == (
-        pytest.approx(np.quantile(means, 0.025), abs=0.004),
-        pytest.approx(np.quantile(means, 0.975), abs=0.004),
-    )
-
-
-def test_evaluators_accuracy_is_ours(tokenizer):
+def test_pipeline_accuracy_equals_that_of_the_trainer(tokenizer, monkeypatch):
+    monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
     model = classifier(tokenizer, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
     data = LabelledTexts(TEXTS[:12], LABELS[:12])
     rows = ReviewRows(data.texts, data.labels, tokenizer, LENGTH)
     logits = predict_logits(model, rows, ReviewCollator(tokenizer.pad_token_id), 200)
     accuracy = (logits.argmax(-1).numpy() == data.labels).mean()
-    result = evaluate_pipeline(model, tokenizer, data, logits)
+    result = report.evaluate_pipeline(model, tokenizer, data, logits)
     assert result["pipeline_accuracy"] == result["same_texts_accuracy"] == accuracy
     assert result["pipeline_accuracy_low"] <= accuracy <= result["pipeline_accuracy_high"]
 
@@ -332,19 +285,19 @@ def test_evaluators_accuracy_is_ours(tokenizer):
         ({"adversarial_epsilon": 1.0}, "adversarial_epsilon=1.0"),
         ({"adversarial_epsilon": 0.01, "torch_compile": True}, "adversarial_epsilon=0.01 with torch_compile"),
         ({"frozen_layers": -1}, "frozen_layers=-1"),
-        ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 needs"),
+        ({"optimizer": "trainer", "layer_decay": 0.9}, "layer_decay=0.9 requires"),
         ({"per_device_train_batch_size": 16}, "tokens_per_batch"),
-        ({"train_sampling_strategy": "group_by_length"}, "grouped by length already"),
+        ({"train_sampling_strategy": "group_by_length"}, "already grouped by length"),
         ({"label_smoothing_factor": 0.1, "auxiliary_lm_weight": 0.5}, "label_smoothing_factor=0.1"),
-        ({"load_best_model_at_end": False}, "early_stopping_patience"),
+        ({"load_best_model_at_end": False}, "early_stopping_patience=3 requires --load_best_model_at_end"),
     ],
 )
-def test_contradictions_are_named(options, message, tmp_path):
+def test_contradictory_training_flags_are_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
 
 
-def test_other_contradictions_are_named():
+def test_invalid_data_and_lora_flags_are_named():
     with pytest.raises(ValueError, match="merge_lora"):
         LoraArguments(merge_lora=True)
     with pytest.raises(ValueError, match="class_names"):

@@ -14,6 +14,7 @@ import pytest
 import sft
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_minigpt.classification.arguments import ReviewArguments
 from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.data import files
 from hf_minigpt.data.corpora import load_documents, stream_documents
@@ -121,10 +122,10 @@ LABELS = [
     ("bools.csv", csv_of(review_rows("ab", [True, False])), {}, ["positive", "negative"]),
     ("bools.jsonl", lines(*review_rows("ab", [True, False])), {}, ["positive", "negative"]),
     ("bools.jsonl", lines(*review_rows("ab", [True, False])), {"class_names": ["False", "True"]}, ["True", "False"]),
-    ("bools.csv", csv_of(review_rows("ab", [True, False])), {"label_map": {"true": "negative", "false": "positive"}}, None),
+    ("bools.csv", csv_of(review_rows("ab", [True, False])), {"label_map": ["true=negative", "false=positive"]}, None),
     ("null.csv", csv_of(review_rows("ab", ["null", "NA"])), {"class_names": ["NA", "null"]}, ["null", "NA"]),
     ("None.jsonl", lines(*review_rows("ab", ["None", "nan"])), {"class_names": ["None", "nan"]}, ["None", "nan"]),
-    ("minus.csv", csv_of(review_rows("ab", [-1, 1])), {"label_map": {"-1": "negative"}}, ["negative", "positive"]),
+    ("minus.csv", csv_of(review_rows("ab", [-1, 1])), {"label_map": ["-1=negative"]}, ["negative", "positive"]),
     ("minus.jsonl", lines(*review_rows("ab", [-1, 1])), {"class_names": ["-1", "0", "1"][::2]}, ["-1", "1"]),
     ("stars.csv", csv_of(review_rows("ab", [1, 5])), {"class_names": ["5", "1"]}, ["1", "5"]),
     ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {}, ["spam", "ham"]),
@@ -133,7 +134,7 @@ LABELS = [
     ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {"class_names": ["bad", "good"]}, ["bad", "good"]),
     ("declared.parquet", (LETTERS, review_rows("ab", [0, 1])), {"class_names": ["bad", "good"]}, ["bad", "good"]),
     ("declared.parquet", (SHORT, review_rows("ab", [0, 1])), {"class_names": ["negative", "positive"]}, ["positive", "negative"]),
-    ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {"class_names": ["x", "y"], "label_map": {"spam": "y", "ham": "x"}}, ["y", "x"]),
+    ("declared.parquet", (HAM, review_rows("ab", [0, 1])), {"class_names": ["x", "y"], "label_map": ["spam=y", "ham=x"]}, ["y", "x"]),
     ("declared.parquet", (HAM, [*review_rows("ab", [0, 1]), {"text": "no label", "label": -1}]), {}, ["spam", "ham"]),
 ]  # fmt: skip
 
@@ -145,7 +146,7 @@ def test_labels_are_mapped_to_classes(name, content, options, expected, tmp_path
         Dataset.from_list(rows, features).to_parquet(tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
-    splits = load_reviews(tmp_path / name, **options)
+    splits = load_reviews(ReviewArguments(str(tmp_path / name), **options))
     expected = expected or ["negative", "positive"]
     for part in (splits.train, splits.validation, splits.test):
         assert len(part) > 0
@@ -207,7 +208,7 @@ def test_every_job_refuses_the_file(name, content, message, jobs, tmp_path):
     path.write_bytes(content)
     loaders = {
         "p": lambda: list(load_documents(path)),
-        "r": lambda: load_reviews(path),
+        "r": lambda: load_reviews(ReviewArguments(str(path))),
         "s": lambda: to_conversations(load_records(str(path))),
     }
     for job in jobs:
@@ -240,12 +241,12 @@ def test_missing_and_empty_texts_are_skipped_and_counted(tmp_path):
     rows = review_rows("ab", [0, 1])
     odd = [{"text": text, "label": 0} for text in (None, "", " \n", float("nan"))]
     (tmp_path / "a.jsonl").write_bytes(lines(*rows, *odd, {"label": 1}))
-    splits = load_reviews(tmp_path / "a.jsonl")
+    splits = load_reviews(ReviewArguments(str(tmp_path / "a.jsonl")))
     assert splits.num_without_text == 5 and len(splits.train) + len(splits.validation) + len(splits.test) == 24
     documents = load_documents(tmp_path / "a.jsonl")
     assert len(list(documents)) == 24 and documents.num_empty == 5
     (tmp_path / "a.csv").write_bytes(csv_of(rows) + b",0\nNA,0\n")
-    splits = load_reviews(tmp_path / "a.csv")
+    splits = load_reviews(ReviewArguments(str(tmp_path / "a.csv")))
     assert splits.num_without_text == 1
     assert "NA" in splits.train.texts + splits.validation.texts + splits.test.texts
 
@@ -257,17 +258,19 @@ def test_file_names_decide_the_split(tmp_path):
         rows = [{"text": f"{letter} {i}", "label": i % 2} for i in range(20)]
         (folder / f"{name}.jsonl").write_bytes(lines(*rows))
     (folder / "unsupervised-00000-of-00001.jsonl").write_bytes(lines({"text": "more"}))
-    splits = load_reviews(folder, unlabelled_split="unsupervised")
+    splits = load_reviews(ReviewArguments(str(folder), unlabelled_split="unsupervised"))
     assert {text[0] for text in splits.train.texts} == {"a", "b"} and {text[0] for text in splits.test.texts} == {"c"}
     assert splits.unlabelled == ["more"]
     (folder / "more.jsonl").write_bytes(lines(GOOD_ROW))
-    with pytest.raises(ValueError, match=r"more\.jsonl: its name tells no split"):
-        load_reviews(folder)
+    with pytest.raises(ValueError, match=r"more\.jsonl: the file name contains no split"):
+        load_reviews(ReviewArguments(str(folder)))
     (folder / "more.jsonl").unlink()
-    splits = load_reviews(str(folder / "t*.jsonl"))
+    splits = load_reviews(ReviewArguments(str(folder / "t*.jsonl")))
     assert len(splits.test) == 20
-    with pytest.raises(ValueError, match=r"no split 'dev'; name one of \['test', 'train', 'unsupervised'\]"):
-        load_reviews(folder, train_split="dev")
+    with pytest.raises(
+        ValueError, match=r"no split 'dev'\. Set train_split to one of \['test', 'train', 'unsupervised'\]"
+    ):
+        load_reviews(ReviewArguments(str(folder), train_split="dev"))
 
 
 def test_glob_without_supported_files_is_named(tmp_path):

@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import pipeline
 
+from hf_minigpt.classification.arguments import ReviewArguments
 from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.data.tales import grammar as tales
 from tests.test_readme import SNIPPETS
@@ -69,7 +70,7 @@ def test_trl_on_prompts_and_completions(model, tokenizer, trained_folder, tmp_pa
 
 @pytest.mark.slow
 def test_the_readme_s_classifier_is_as_good_as_the_recipe(trained_folder, tmp_path, monkeypatch):
-    splits = load_reviews()
+    splits = load_reviews(ReviewArguments())
     monkeypatch.chdir(tmp_path)
     for name in ("train", "test"):
         split = getattr(splits, name)

@@ -171,7 +171,7 @@ def test_the_page_writes_tales(trained_folder):
     loaded = page.load_page(str(trained_folder))
     set_seed(0)
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    check_tales([list(loaded.write(prompt, NUM_NEW, **sampling))[-1] for prompt in PROMPTS[:12]])
+    check_tales([list(loaded.generate(prompt, NUM_NEW, **sampling))[-1] for prompt in PROMPTS[:12]])
 
 
 @pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "print(" in snippet])

@@ -1,7 +1,7 @@
-"""A Hub on this machine: enough of its protocol for the real client, for models and datasets, kept in memory.
+"""A local Hub server, in memory, with the part of the protocol that huggingface_hub uses for models and datasets.
 
-What it answers follows huggingface_hub 2.4 (`_commit_api.py`, `lfs.py`, `hf_api.py`, `file_download.py`); Xet is not
-part of it, so clients run with `HF_HUB_DISABLE_XET=1`.
+It follows huggingface_hub 2.4 (`_commit_api.py`, `lfs.py`, `hf_api.py`, `file_download.py`). It does not support Xet:
+clients must set `HF_HUB_DISABLE_XET=1`.
 
     with HubServer({"hf_secret": "someone"}) as hub:
         HfApi(endpoint=hub.url, token="hf_secret").create_repo("someone/model")
@@ -27,7 +27,7 @@ POINTER_SIZE = 134
 
 @dataclass(frozen=True)
 class File:
-    """A blob: `sha256` if it is kept as a large file, else None."""
+    """A file in a commit. `sha256` is set for large files (LFS)."""
 
     content: bytes
     sha256: str | None = None
@@ -45,10 +45,13 @@ class File:
 
 @dataclass
 class Repo:
-    """Attributes:
-    kind: "models" or "datasets".
-    commits: oid -> all files of it, oldest first.
-    messages: of the commits.
+    """A repository.
+
+    Attributes:
+        kind: "models" or "datasets".
+        commits: the files of each commit by oid, oldest first.
+        messages: the commit messages, oldest first.
+        branches: oid of the last commit by branch.
     """
 
     name: str
@@ -72,18 +75,21 @@ class Repo:
 
 
 class Refusal(Exception):
+    """An error response."""
+
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 class HubServer:
-    """
+    """The server, a context manager.
+
     Attributes:
-        tokens: token -> user; a user may write what lies under their name, and read their own private repositories.
-        repos: (kind, name) -> repository.
-        log: method and path of every request.
-        failures: (method, pattern of the path) -> what to do instead of answering, each taken once: a status, or
-            "drop", which reads half of the body and closes the connection.
+        tokens: user by token. Users may write to repositories under their name and read their private ones.
+        repos: repositories by (kind, name).
+        log: method and path of each request.
+        failures: (method, path pattern, failure), each applied once, to the next matching request. A failure is a
+            status code, or "drop": read half of the body and close the connection.
     """
 
     def __init__(self, tokens: dict[str, str]):
@@ -104,7 +110,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        # another host to the client, which must neither look for a repository there nor send its token
+        # Another host for the client, which must not send its token there.
         self.storage = f"http://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
@@ -125,7 +131,7 @@ class HubServer:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Routes are methods named after what they answer, each with its method and pattern in `ROUTES`."""
+    """A request handler. `ROUTES` maps methods and path patterns to the functions that answer."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -182,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # Who asks, and what for
+    # Authentication and lookup
 
     def user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -192,14 +198,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_no_token(self) -> None:
         if "Authorization" in self.headers:
-            raise Refusal(400, "the storage is not to see a token")
+            raise Refusal(400, "a token was sent to the storage")
 
     def repo(self, kind: str, name: str, write: bool = False) -> Repo:
         user = self.user()
         repo = self.hub.repos.get((kind, name))
         is_owner = user is not None and name.split("/")[0] == user
         if repo is None or (repo.private and not is_owner):
-            # whether it is there is nobody's business
+            # The response does not reveal whether a private repository exists.
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and not is_owner:
             raise Refusal(403, f"you don't have the rights to write to {name}")
@@ -223,17 +229,17 @@ class Handler(BaseHTTPRequestHandler):
         user = self.user()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
-        asked = json.loads(self.body)
-        owner = asked.get("organization") or user
+        request = json.loads(self.body)
+        owner = request.get("organization") or user
         if owner != user:
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
-        kind = f"{asked.get('type') or 'model'}s"
-        name = f"{owner}/{asked['name']}"
+        kind = f"{request.get('type') or 'model'}s"
+        name = f"{owner}/{request['name']}"
         url = f"{self.hub.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if (kind, name) in self.hub.repos:
             self.answer(409, {"error": "You already created this model repo", "url": url})
             return
-        repo = Repo(name, kind, private=asked.get("visibility") == "private" or asked.get("private", False))
+        repo = Repo(name, kind, private=request.get("visibility") == "private" or request.get("private", False))
         repo.commit({".gitattributes": File(b"*.safetensors filter=lfs\n")}, "initial commit")
         self.hub.repos[kind, name] = repo
         self.answer(200, {"url": url, "name": name})
@@ -302,8 +308,8 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, kind: str, name: str, revision: str) -> None:
         _, files = self.files(self.repo(kind, name, write=True), revision)
         described = []
-        for asked in json.loads(self.body)["files"]:
-            path = asked["path"]
+        for item in json.loads(self.body)["files"]:
+            path = item["path"]
             file = files.get(path)
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             entry = {"path": path, "uploadMode": mode, "shouldIgnore": False}
@@ -313,13 +319,13 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, kind: str, name: str) -> None:
         self.repo(kind or "models", name, write=True)
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            entry = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.large_files:
-                # the client sends no token there: the address itself is the permission
+        for item in json.loads(self.body)["objects"]:
+            entry = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.hub.large_files:
+                # The client sends no token to the upload address.
                 entry["actions"] = {
-                    "upload": {"href": f"{self.hub.storage}/lfs/{asked['oid']}"},
-                    "verify": {"href": f"{self.hub.storage}/lfs/{asked['oid']}/verify"},
+                    "upload": {"href": f"{self.hub.storage}/lfs/{item['oid']}"},
+                    "verify": {"href": f"{self.hub.storage}/lfs/{item['oid']}/verify"},
                 }
             objects.append(entry)
         self.answer(200, {"transfer": "basic", "objects": objects})
@@ -327,13 +333,13 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_upload(self, oid: str) -> None:
         self.check_no_token()
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refusal(400, "the content is not what was announced")
+            raise Refusal(400, "the content does not match its hash")
         self.hub.large_files[oid] = self.body
         self.answer(200)
 
     def lfs_verify(self, oid: str) -> None:
-        asked = json.loads(self.body)
-        if len(self.hub.large_files.get(oid, b"")) != asked["size"]:
+        item = json.loads(self.body)
+        if len(self.hub.large_files.get(oid, b"")) != item["size"]:
             raise Refusal(404, "not uploaded")
         self.answer(200)
 
@@ -374,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
         if file.sha256 is None:
             self.send_file(file.content, {**headers, "ETag": f'"{file.oid}"'})
         else:
-            # large files lie elsewhere
+            # Large files are served by the storage.
             linked = {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
             self.answer(302, b"", {**headers, **linked, "Location": f"{self.hub.storage}/lfs/{file.sha256}"})
 
@@ -383,11 +389,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(self.hub.large_files[oid], {"ETag": f'"{oid}"'})
 
     def send_file(self, content: bytes, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if byte_range is None:
             self.answer(200, content, {**headers, "Accept-Ranges": "bytes"})
             return
-        first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+        first, last = int(byte_range[1]), int(byte_range[2] or len(content) - 1)
         part = content[first : last + 1]
         content_range = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
         self.answer(206, part, {**headers, "Content-Range": content_range})

@@ -1,4 +1,4 @@
-"""What goes to the Hub and comes back, with the real clients on both sides of a local server."""
+"""Runs are pushed to the Hub and loaded from it by the real clients, through a local server."""
 
 import json
 import os
@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import ladder
+import pretrain
+import pretrain_loop
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM
@@ -35,39 +40,23 @@ def hub():
 
 @pytest.fixture
 def online(hub, monkeypatch, tmp_path):
-    """This process's client talks to the server."""
+    """Let the clients in this process use the local server."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace("https://huggingface.co", hub.url))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    # a retry shall not take a second
+    for name, value in (
+        ("HF_ENDPOINT", hub.url),
+        ("HF_HUB_OFFLINE", False),
+        ("HF_DATASETS_CACHE", tmp_path / "cached"),
+    ):
+        monkeypatch.setattr(datasets.config, name, value)
+    # Retry without delay.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     return HfApi(endpoint=hub.url, token=TOKEN)
 
-
-def run(hub: HubServer, folder: Path, command: list[str], token: str | None = TOKEN) -> str:
-    """Run Python with a home, a cache and remote code of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_MODULES_CACHE")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if token is not None:
-        environment["HF_TOKEN"] = token
-    folder.mkdir(exist_ok=True)
-    result = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    return result.stdout
-
-
-PUSH_DATA = """
-from datasets import Dataset
-
-texts = [f"In the town {i % 9} a cat met {i % 7} mice and said to the {i % 3}rd: run, or I eat!" for i in range(200)]
-Dataset.from_dict({"text": texts}).push_to_hub("someone/town")
-"""
 
 USE = """
 import sys
@@ -86,46 +75,48 @@ ids = tokenizer(texts[:2], return_tensors="pt", padding=True)
 write = pipeline("text-generation", model="someone/tiny", trust_remote_code=True)
 text = write("In the town", max_new_tokens=4, do_sample=False)[0]["generated_text"]
 
-# What was loaded so is changed and pushed in the same way; the former state stays within reach.
+# Change the loaded model and push it. The former revision can still be loaded.
 commits = HfApi().list_repo_commits("someone/tiny")
-(then,) = (commit.commit_id for commit in commits if commit.title == "End of training")
+(revision,) = (commit.commit_id for commit in commits if commit.title == "End of training")
 logits = model(**ids).logits
 with torch.no_grad():
     for parameter in model.parameters():
         parameter.mul_(1.5)
 model.push_to_hub("someone/tiny", commit_message="Half as much again")
 tokenizer.push_to_hub("someone/tiny")
-now = AutoModelForCausalLM.from_pretrained("someone/tiny", trust_remote_code=True)
-assert not torch.allclose(now(**ids).logits, logits)
-former = AutoModelForCausalLM.from_pretrained("someone/tiny", trust_remote_code=True, revision=then)
+changed = AutoModelForCausalLM.from_pretrained("someone/tiny", trust_remote_code=True)
+assert not torch.allclose(changed(**ids).logits, logits)
+former = AutoModelForCausalLM.from_pretrained("someone/tiny", trust_remote_code=True, revision=revision)
 assert torch.equal(former(**ids).logits, logits)
 assert "hf_minigpt" not in sys.modules
 torch.save({"ids": ids["input_ids"], "mask": ids["attention_mask"], "logits": logits, "text": text}, "seen.pt")
 """
 
 
-def test_a_run_goes_to_the_hub_and_works_where_the_package_is_not(hub, tmp_path):
-    """A corpus from the Hub, a model onto it, and both from it on another machine."""
-    import torch
-
-    run(hub, tmp_path / "corpus", ["-c", PUSH_DATA])
-    output = tmp_path / "trainer" / "output"
+def test_run_is_pushed_and_loaded_without_the_package(hub, online, tmp_path, monkeypatch, capsys):
+    """Train on a dataset from the Hub, push the model, and use both in a process without this package."""
+    texts = [
+        f"In the town {i % 9} a cat met {i % 7} mice and said to the {i % 3}rd: run, or I eat!" for i in range(200)
+    ]
+    datasets.Dataset.from_dict({"text": texts}).push_to_hub("someone/town", token=TOKEN)
+    output = tmp_path / "output"
     flags = ["--dataset", "someone/town", "--output_dir", str(output), "--cache_dir", str(tmp_path / "cache")]
     flags += ["--push_to_hub", "true", "--hub_model_id", "tiny", "--hub_token", TOKEN]
-    printed = run(
-        hub, tmp_path / "trainer", [str(ROOT / "recipes" / "pretrain.py"), *SMALL, *flags], token=OTHER_TOKEN
-    )
-    assert f"Pushed to {hub.url}/someone/tiny" in printed
+    # The flag takes precedence over the environment.
+    monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "pretrain.py"), *SMALL, *flags])
+    pretrain.main()
+    assert f"Pushed to {hub.url}/someone/tiny" in capsys.readouterr().out
 
     repo = hub.repos["models", "someone/tiny"]
-    code = {f"{part}_minigpt.py" for part in ("configuration", "modeling", "functional", "generation", "products")}
+    code = {path.name for path in (ROOT / "hf_minigpt" / "model").glob("*_minigpt.py")}
     files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert code | files | {"README.md", "loss.png", "all_results.json"} <= set(repo.files)
     assert not [path for path in repo.files if path.startswith(("_", "checkpoint-"))]
     for path, file in repo.files.items():
         if path != ".gitattributes":
             assert file.content == (output / path).read_bytes(), path
-    # the card is the recipe's, names the model as the Hub does and gives no secret away; nor does anything else
+    # The card is that of the recipe, with the name on the Hub. No file contains the token.
     card = ModelCard(repo.files["README.md"].content.decode())
     assert card.data.datasets == ["someone/town"] and card.data.model_name == "someone/tiny"
     assert 'model="someone/tiny"' in card.text and "--hub_token ..." in card.text
@@ -133,8 +124,20 @@ def test_a_run_goes_to_the_hub_and_works_where_the_package_is_not(hub, tmp_path)
     kept = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     assert not [content for content in pushed + kept if TOKEN.encode() in content]
 
-    run(hub, tmp_path / "elsewhere", ["-I", "-c", WITHOUT_THE_PACKAGE + USE])
-    seen = torch.load(tmp_path / "elsewhere" / "seen.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": TOKEN}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE + USE],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    seen = torch.load(folder / "seen.pt")
     model = AutoModelForCausalLM.from_pretrained(output)
     with torch.no_grad():
         logits = model(seen["ids"], attention_mask=seen["mask"]).logits
@@ -150,10 +153,7 @@ def arguments(folder: Path, **changes) -> SimpleNamespace:
     return SimpleNamespace(**(values | changes))
 
 
-def test_the_loop_pushes_too(hub, online, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import pretrain_loop
-
+def test_pretrain_loop_pushes(hub, online, tmp_path):
     books = tmp_path / "books"
     books.mkdir()
     for i in range(4):
@@ -167,10 +167,7 @@ def test_the_loop_pushes_too(hub, online, tmp_path, monkeypatch):
     assert not [path for path in repo.files if path.startswith(("_", "checkpoint-"))]
 
 
-def test_a_climb_is_pushed_whole(hub, online, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import ladder
-
+def test_ladder_is_pushed_as_one_repository(hub, online, tmp_path):
     output = tmp_path / "climb"
     flags = ["--output_dir", str(output), "--cache_dir", str(tmp_path / "cache"), "--max_examples", "60"]
     short = ["--max_steps", "2", "--eval_batches", "1", "--rungs", "bigram", "one-head", "--report_to", "none"]
@@ -180,7 +177,7 @@ def test_a_climb_is_pushed_whole(hub, online, tmp_path, monkeypatch):
     assert {"ladder.png", "bigram/model.safetensors", "one-head/config.json"} <= set(repo.files)
 
 
-def test_only_the_first_process_pushes_and_only_when_asked(hub, online, tmp_path):
+def test_only_the_main_process_pushes_and_only_with_push_to_hub(hub, online, tmp_path):
     for path in ("config.json", "_run.lock", "checkpoint-3/optimizer.pt", "seed-1/_run.lock", "seed-1/loss.png"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("{}")
@@ -195,17 +192,17 @@ def test_only_the_first_process_pushes_and_only_when_asked(hub, online, tmp_path
     assert commit is not None and commit.oid == hub.repos["models", "someone/other-name"].branches["main"]
     files = hub.repos["models", "someone/other-name"].files
     assert set(files) == {".gitattributes", "config.json", "seed-1/loss.png"}
-    # the same again is no commit
+    # Pushing unchanged files makes no commit.
     assert push_run(args).oid == commit.oid
 
 
-def test_an_upload_that_breaks_off_is_taken_up_again(hub, online, tmp_path):
+def test_failed_uploads_are_retried(hub, online, tmp_path):
     weights = os.urandom(100_000)
     (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "config.json").write_text("{}")
     args = arguments(tmp_path, hub_model_id="someone/model")
     prepare_push(args)
-    # the connection closes in the middle of the weights, at the second try the storage is overloaded
+    # First the connection closes within the weights, then the storage is overloaded.
     hub.failures = [("PUT", "/lfs/", "drop"), ("PUT", "/lfs/", 503), ("POST", "/preupload/", 502)]
     push_run(args)
     assert len([line for line in hub.log if line.startswith("PUT")]) == 3
@@ -221,12 +218,9 @@ def test_an_upload_that_breaks_off_is_taken_up_again(hub, online, tmp_path):
         (OTHER_TOKEN, "someone/there", "403 Forbidden.*have the rights to write to someone/there"),
     ],
 )
-def test_a_token_that_will_not_do_is_found_before_the_work(hub, online, tmp_path, monkeypatch, token, name, message):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import pretrain
-
+def test_insufficient_token_is_refused_before_the_training(hub, online, tmp_path, monkeypatch, token, name, message):
     online.create_repo("someone/there")
-    monkeypatch.setattr(pretrain, "prepare_data", lambda *args: pytest.fail("the work has begun"))
+    monkeypatch.setattr(pretrain, "prepare_data", lambda *args: pytest.fail("data was prepared"))
     with pytest.raises(HfHubHTTPError, match=f"(?s){message}"):
         prepare_push(arguments(tmp_path, hub_token=token, hub_model_id=name))
     if token:
@@ -235,7 +229,7 @@ def test_a_token_that_will_not_do_is_found_before_the_work(hub, online, tmp_path
             pretrain.main([*SMALL, "--output_dir", str(tmp_path / "output"), *flags])
 
 
-def test_what_may_not_be_read_is_refused_clearly(hub, online, tmp_path):
+def test_unreadable_repositories_are_refused_with_the_reason(hub, online, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "minigpt"}))
@@ -253,7 +247,7 @@ def test_what_may_not_be_read_is_refused_clearly(hub, online, tmp_path):
     ):
         with pytest.raises(error, match=message):
             hf_hub_download(f"someone/{name}", "config.json", token=token, cache_dir=tmp_path / "other")
-        # as it reaches who only wants the model
+        # the error of transformers
         with pytest.raises(OSError, match=r"token|gated"):
             AutoModelForCausalLM.from_pretrained(f"someone/{name}", token=token, cache_dir=tmp_path / "other")
     with pytest.raises(RevisionNotFoundError):

@@ -1,4 +1,4 @@
-"""The page: what its panels say, in a real browser, and as a Hub Space that knows nothing of this package."""
+"""The demo page shows what the model computes, in a real browser and in a Hub Space without this package."""
 
 import html
 import itertools
@@ -54,7 +54,7 @@ def read_bars(text: str) -> list[tuple[str, float]]:
 
 
 @torch.no_grad()
-def test_panels_say_what_the_model_says(loaded, folders):
+def test_panels_show_the_outputs_of_the_model(loaded, folders):
     model = AutoModelForCausalLM.from_pretrained(folders / "model", attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folders / "model")
     text = "Once upon a mill"
@@ -66,8 +66,8 @@ def test_panels_say_what_the_model_says(loaded, folders):
     best = probabilities.topk(10)
     shown = read_bars(loaded.next_tokens(text))
     assert [share for _, share in shown] == [round(100 * p, 1) for p in best.values.tolist()]
-    assert [name for name, _ in shown] == loaded.written(best.indices.tolist())
-    assert loaded.written(tokenizer(" mill\n", add_special_tokens=False).input_ids) == ["␣mill", "⏎"]
+    assert [name for name, _ in shown] == loaded.token_names(best.indices.tolist())
+    assert loaded.token_names(tokenizer(" mill\n", add_special_tokens=False).input_ids) == ["␣mill", "⏎"]
 
     svg = loaded.attention(text, 2, 3)
     cells = [float(cell) for cell in re.findall(r'class="cell".*?fill-opacity="([\d.]+)"', svg)]
@@ -85,44 +85,44 @@ def test_panels_say_what_the_model_says(loaded, folders):
     assert set(sentiment) == {"bad", "good"} and sum(sentiment.values()) == pytest.approx(100, abs=0.2)
     assert loaded.sentiment(" ") == ""
 
-    written = list(loaded.write(text, 8, **SAMPLING))
+    written = list(loaded.generate(text, 8, **SAMPLING))
     greedy = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
     assert written[-1] == text + tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True)
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(written))
 
 
-def test_sampling_obeys_its_controls(loaded):
+def test_sampling_settings_take_effect(loaded):
     set_seed(1)
-    hot = list(loaded.write("Once", 20, **SAMPLING | {"temperature": 2.0}))[-1]
+    hot = list(loaded.generate("Once", 20, **SAMPLING | {"temperature": 2.0}))[-1]
     set_seed(1)
-    assert list(loaded.write("Once", 20, **SAMPLING | {"temperature": 2.0}))[-1] == hot
-    greedy = list(loaded.write("Once", 20, **SAMPLING))[-1]
-    assert list(loaded.write("Once", 20, **SAMPLING | {"temperature": 2.0, "top_k": 1}))[-1] == greedy != hot
+    assert list(loaded.generate("Once", 20, **SAMPLING | {"temperature": 2.0}))[-1] == hot
+    greedy = list(loaded.generate("Once", 20, **SAMPLING))[-1]
+    assert list(loaded.generate("Once", 20, **SAMPLING | {"temperature": 2.0, "top_k": 1}))[-1] == greedy != hot
 
 
-def test_a_long_text_goes_on_past_the_context(loaded):
+def test_text_longer_than_the_context_is_continued(loaded):
     text = "Once upon a time there was a mill. " * 20
-    assert list(loaded.write(text, 5, **SAMPLING))[-1].startswith(text)
+    assert list(loaded.generate(text, 5, **SAMPLING))[-1].startswith(text)
     assert loaded.next_tokens(text) and loaded.attention(text, 1, 1)
 
 
-def test_who_leaves_stops_the_model(loaded, monkeypatch):
-    writing = loaded.write("Once", 10_000, **SAMPLING | {"temperature": 1.0})
+def test_closing_the_stream_stops_generation(loaded):
+    writing = loaded.generate("Once", 10_000, **SAMPLING | {"temperature": 1.0})
     next(writing)
     started = loaded.model.generate
     writing.close()
-    # a second one is free to begin at once, and is not the first one's text
-    assert loaded.model.generate == started and next(loaded.write("Upon", 4, **SAMPLING)).startswith("Upon")
+    # A second generation starts at once, with its own text.
+    assert loaded.model.generate == started and next(loaded.generate("Upon", 4, **SAMPLING)).startswith("Upon")
 
 
-def test_an_error_of_the_model_reaches_the_page(loaded, monkeypatch):
+def test_error_during_generation_is_raised(loaded, monkeypatch):
     monkeypatch.setattr(loaded.model, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(loaded.write("Once", 4, **SAMPLING))
+        list(loaded.generate("Once", 4, **SAMPLING))
 
 
-def test_what_tokens_say_is_no_markup():
-    assert "<b>" not in page.bars(["<b>"], [1.0]) and "<b>" not in page.heatmap(["<b>"], [[1.0]])
+def test_token_names_are_escaped():
+    assert "<b>" not in page.bar_chart(["<b>"], [1.0]) and "<b>" not in page.heatmap(["<b>"], [[1.0]])
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_space_runs_without_this_package(folders, tmp_path):
     result = subprocess.run(command, cwd=space, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     names, model_class, sentiment = json.loads(result.stdout.splitlines()[-1])
-    assert {"write", "next_tokens", "attention", "sentiment"} <= set(names)
+    assert {"generate", "next_tokens", "attention", "sentiment"} <= set(names)
     assert model_class == "MiniGPTForCausalLM" and set(dict(read_bars(sentiment))) == {"bad", "good"}
 
     demo.write_space(tmp_path / "named", "you/your-minigpt", None, 'A "quoted" title', "Once")
@@ -156,7 +156,7 @@ def test_space_runs_without_this_package(folders, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs Chromium and its driver")
-def test_in_a_browser(loaded):
+def test_page_works_in_a_browser(loaded):
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -180,7 +180,7 @@ def test_in_a_browser(loaded):
         return browser.execute_script(f"return document.querySelector('#{name}')?.innerHTML ?? ''")
 
     def shows(name, expected):
-        # as the browser itself would write it
+        # HTML as serialized by the browser
         markup = "const t = document.createElement('div'); t.innerHTML = arguments[0]; return t.innerHTML"
         return browser.execute_script(markup, expected) in panel(name)
 
@@ -207,7 +207,7 @@ def test_in_a_browser(loaded):
             open_tab("Sentiment")
             wait(lambda: shows("sentiment", loaded.sentiment("Once upon a time")))
 
-            find("#write").click()
+            find("#generate").click()
             wait(lambda: len(find("#text textarea").get_attribute("value")) > len("Once upon a time") + 10)
             find("#stop").click()
             time.sleep(2)
@@ -216,10 +216,10 @@ def test_in_a_browser(loaded):
             find("#clear").click()
             wait(lambda: find("#text textarea").get_attribute("value") == "")
         events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = {
+        requested = {
             event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
         }
-        assert not [address for address in asked if not address.startswith((url, "data:", "chrome"))]
+        assert not [address for address in requested if not address.startswith((url, "data:", "chrome"))]
     finally:
         browser.quit()
         app.close()

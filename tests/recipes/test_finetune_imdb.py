@@ -1,4 +1,4 @@
-"""The recipe from flag to files."""
+"""finetune_imdb.py trains classifiers from flags, and writes everything that loads and describes them."""
 
 import json
 import os
@@ -13,12 +13,9 @@ import pytest
 import yaml
 from transformers import pipeline
 
-from hf_minigpt.classification.arguments import (
-    ClassificationArguments,
-    ReviewArguments,
-    SeedArguments,
-)
-from hf_minigpt.classification.data import text_key
+from hf_minigpt.classification import report
+from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
+from hf_minigpt.classification.data import load_reviews, text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
 from hf_minigpt.training.arguments import ModelArguments, parse
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
@@ -30,6 +27,12 @@ QUIET = ["--cpu_threads", "1", "--disable_tqdm", "true", "--logging_steps", "0.5
 SMALL = ["--config_overrides", "hidden_size=32", "num_attention_heads=2", "num_hidden_layers=2"]
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Each resample of the pipeline's accuracy takes as long as a training step of these tiny models."""
+    monkeypatch.setattr(report, "NUM_RESAMPLES", 10)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("finetune")
@@ -38,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def reviews(folder) -> Path:
     texts, labels = tale_reviews(120)
-    # a duplicate, and names instead of numbers
+    # Contains a duplicate, and class names instead of numbers.
     frame = pd.DataFrame({"review": [*texts, texts[0]], "verdict": [["neg", "pos"][i] for i in [*labels, labels[0]]]})
     frame.to_csv(folder / "reviews.csv", index=False)
     return folder / "reviews.csv"
@@ -52,7 +55,7 @@ def data_flags(reviews) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pretrained(folder, data_flags) -> Path:
-    """The whole path from scratch: texts written, pretrained on."""
+    """Write the training texts and pretrain on them."""
     texts = folder / "texts.parquet"
     assert finetune_imdb.main([*data_flags, "--write_training_texts", str(texts)]) == {}
     flags = ["--dataset", str(texts), "--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "lm")]
@@ -61,7 +64,7 @@ def pretrained(folder, data_flags) -> Path:
     return folder / "lm"
 
 
-def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, reviews, folder, data_flags):
+def test_pretrained_model_becomes_a_documented_classifier(pretrained, reviews, folder, data_flags):
     output = folder / "classifier"
     flags = [*data_flags, "--model", str(pretrained), "--output_dir", str(output), "--seeds", "1", "2"]
     flags += ["--num_train_epochs", "1", "--tokens_per_batch", "1024", "--auxiliary_lm_weight", "0.5"]
@@ -76,11 +79,12 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
     card = (output / "README.md").read_text()
     assert f"{results['test_accuracy']:.2%}" in card and "pipeline_tag: text-classification" in card
     assert "Corpus: reviews.csv" in card and "1, of which 0 were test texts" in card
-    # what was pretrained on is what was trained on
+    # The pretraining texts are the training texts, without held-out ones.
     pretraining = pd.read_parquet(folder / "texts.parquet")["text"]
-    splits = ReviewArguments(
+    review_args = ReviewArguments(
         str(reviews), text_column="review", label_column="verdict", label_map=["neg=negative", "pos=positive"]
-    ).load()
+    )
+    splits = load_reviews(review_args)
     assert set(pretraining) == set(splits.train.texts)
     assert not set(map(text_key, pretraining)) & set(map(text_key, splits.test.texts))
     answers = pipeline("text-classification", model=str(output))(splits.test.texts[:3], truncation=True)
@@ -88,22 +92,25 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
     assert (output / "seed-2").is_dir()
 
 
-def test_adapters_merged_and_not(pretrained, folder, data_flags, capsys):
+def test_adapters_are_saved_alone_or_merged(pretrained, folder, data_flags, capsys, monkeypatch):
+    # The test above draws them.
+    monkeypatch.setattr("hf_minigpt.classification.results.draw_figures", lambda *args: None)
     flags = [*data_flags, "--model", str(pretrained), "--num_train_epochs", "1", "--tokens_per_batch", "1024"]
-    flags += ["--lora_rank", "8", "--optimizer", "adamw", "--pipeline_examples", "4", *QUIET]
+    flags += ["--lora_rank", "8", "--optimizer", "adamw", *QUIET]
     adapters, merged = folder / "adapters", folder / "merged"
-    first = finetune_imdb.main([*flags, "--output_dir", str(adapters)])
+    first = finetune_imdb.main([*flags, "--output_dir", str(adapters), "--pipeline_examples", "4"])
     assert (adapters / "adapter_model.safetensors").is_file() and not (adapters / "model.safetensors").exists()
     assert "load_classifier" in capsys.readouterr().out
+    # The pipeline applies the adapters.
     assert 0 <= first["test_pipeline_accuracy"] == first["test_same_texts_accuracy"] <= 1
-    second = finetune_imdb.main([*flags, "--output_dir", str(merged), "--merge_lora", "true"])
+    second = finetune_imdb.main(
+        [*flags, "--output_dir", str(merged), "--merge_lora", "true", "--pipeline_examples", "0"]
+    )
     assert (merged / "model.safetensors").is_file() and first["test_loss"] == second["test_loss"]
-    # the pipeline has asked the adapters too
-    assert first["test_pipeline_accuracy"] == second["test_pipeline_accuracy"]
 
 
 @pytest.mark.parametrize("name", ["imdb.yaml", "imdb_pretrain.yaml"])
-def test_configs_are_read(name):
+def test_configs_set_the_arguments(name):
     path = ROOT / "recipes" / "configs" / name
     if name == "imdb.yaml":
         types = (ModelArguments, ReviewArguments, ClassificationArguments, LoraArguments, SeedArguments)
@@ -117,7 +124,7 @@ def test_configs_are_read(name):
             assert found == value or float(found) == float(value), key
 
 
-def test_mistakes_end_before_any_work(data_flags, monkeypatch, tmp_path):
+def test_errors_are_found_before_a_model_is_built(data_flags, monkeypatch, tmp_path):
     monkeypatch.setattr("hf_minigpt.classification.baseline.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="scikit-learn"):
         finetune_imdb.main([*data_flags, "--baseline", "true"])
@@ -132,12 +139,12 @@ def test_mistakes_end_before_any_work(data_flags, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_default_run_learns_what_words_do_not_tell(tmp_path):
+def test_default_run_beats_the_baseline_and_loads_without_the_package(tmp_path):
     output = tmp_path / "tales"
     metrics = finetune_imdb.main(["--output_dir", str(output), "--baseline", "true", *QUIET])
     assert metrics["test_accuracy"] > 0.95 and metrics["test_baseline_accuracy"] < 0.8
     assert metrics["test_mcnemar_p"] < 1e-6
-    # nothing but the files and transformers, in a process of its own
+    # Load the folder in a process without this package.
     script = (
         "from transformers import pipeline; import sys\n"
         "classify = pipeline('text-classification', model=sys.argv[1], trust_remote_code=True)\n"

@@ -32,10 +32,10 @@ STEPS = {
     ],
     pretrain_loop: [("sample_texts", "Sampling a text"), ("plot_losses", "Drawing loss.png"), PUSH],
     finetune_imdb: [
-        ("draw_figures", "Drawing the figures"),
-        ("compare_with_baseline", "The baseline"),
-        ("evaluate_pipeline", "The evaluation through the pipeline"),
-        ("save_classification_card", CARD),
+        ("hf_minigpt.classification.results.draw_figures", "Drawing the figures"),
+        ("hf_minigpt.classification.results.compare_with_baseline", "The baseline"),
+        ("hf_minigpt.classification.results.evaluate_pipeline", "The evaluation through the pipeline"),
+        ("hf_minigpt.classification.results.save_classification_card", CARD),
         PUSH,
     ],
     sft: [
@@ -93,7 +93,7 @@ def fail(*args, **kwargs):
 @pytest.mark.parametrize("recipe", STEPS, ids=lambda recipe: recipe.__name__)
 def test_every_step_may_fail_and_leaves_a_warning(recipe, shared, tmp_path, monkeypatch, caplog):
     for name, _ in STEPS[recipe]:
-        monkeypatch.setattr(recipe, name, fail)
+        monkeypatch.setattr(name if "." in name else f"{recipe.__name__}.{name}", fail)
     metrics = run(recipe, shared, tmp_path, caplog)
     assert any("loss" in metric for metric in metrics)
     for _, warning in STEPS[recipe]:
@@ -104,7 +104,8 @@ def test_every_step_may_fail_and_leaves_a_warning(recipe, shared, tmp_path, monk
 
 @pytest.mark.parametrize("recipe", FIGURES, ids=lambda recipe: recipe.__name__)
 def test_a_card_shows_no_picture_that_is_not_there(recipe, shared, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(recipe, "draw_figures" if recipe is finetune_imdb else "plot_losses", fail)
+    figures = "hf_minigpt.classification.results.draw_figures"
+    monkeypatch.setattr(figures if recipe is finetune_imdb else f"{recipe.__name__}.plot_losses", fail)
     run(recipe, shared, tmp_path, caplog)
     assert [record.message.split(" failed")[0] for record in caplog.records if " failed" in record.message] == [
         "Drawing the figures" if recipe is finetune_imdb else "Drawing loss.png"

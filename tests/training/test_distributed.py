@@ -35,8 +35,7 @@ from transformers import TrainerCallback
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.classification.arguments import ClassificationArguments
-from hf_minigpt.classification.batching import ReviewCollator
-from hf_minigpt.classification.data import ReviewRows
+from hf_minigpt.classification.batching import ReviewCollator, ReviewRows
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import ShuffledDocumentRows
