@@ -58,7 +58,7 @@ class ModelManager(model_manager.ModelManager):
         return model
 
     if version.parse(transformers.__version__) < version.parse("5.24"):
-        # List the served model, not the Hub's cache. Delete this when transformers>=5.24 is required.
+        # List the served model instead of the Hub's cache. Delete this when transformers>=5.24 is required.
         def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
             if self.force_model is None:
                 return super().get_gen_models(cache_dir)
@@ -68,8 +68,8 @@ class ModelManager(model_manager.ModelManager):
 @contextlib.contextmanager
 def _merged(model_id_and_revision: str, trust_remote_code: bool) -> Iterator[str]:
     """Yield a model's name with its revision; for an adapter, a temporary folder with the merged model."""
-    # Earlier versions append "@main" to a local path. Delete this when transformers>=5.24 is required: use
-    # `split_revision` of transformers.
+    # transformers before 5.24 appends "@main" to local paths. Delete this when transformers>=5.24 is required: it has
+    # `split_revision`.
     is_path = os.path.exists(model_id_and_revision) or "@" not in model_id_and_revision
     name, at, revision = (model_id_and_revision, "", "") if is_path else model_id_and_revision.rpartition("@")
     with adapters.merged(name, trust_remote_code=trust_remote_code) as folder:

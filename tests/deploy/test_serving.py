@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import GenerationConfig
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
@@ -19,6 +22,7 @@ from tests.model.test_generation import tiny_tokenizer
 from tests.tiny import tiny_model
 
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'tool' %}{{ raise_exception('the role tool is unknown') }}{% endif %}"
@@ -74,6 +78,15 @@ def test_the_role_developer_becomes_system():
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     check_request({"input": "hello"})
     check_request({"input": [{"type": "input_text", "text": "hello"}]})
+
+
+def test_workarounds_are_deleted_with_the_versions_that_need_them():
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lower_bounds = dict(re.findall(r"(\w+)>=([\d.]+)", " ".join(requirements)))
+    for path in (ROOT / "hf_minigpt").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for package, fixed in re.findall(r"Delete this when (\w+)>=([\d.]*\d) is required", text):
+            assert Version(lower_bounds[package]) < Version(fixed), f"{path}: delete the code for {package}<{fixed}"
 
 
 def post(url: str, body) -> tuple[int, str]:
