@@ -22,7 +22,7 @@ from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
 
 
-class Stream(TextStreamer):
+class WindowStreamer(TextStreamer):
     """Print the tokens of several `generate` calls as one text, also where a character spans two calls."""
 
     def end(self):
@@ -73,26 +73,28 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max_new_tokens", type=number(int, least=1), default=200, help="tokens to generate")
     parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.8, help="divides the logits before sampling"
+        "--max_new_tokens", type=number(int, least=1), default=200, help="number of tokens to generate; default: 200"
     )
     parser.add_argument(
-        "--top_k", type=number(int, least=0), default=0, help="sample from the k likeliest tokens; 0: from all"
+        "--temperature", type=number(float, least=0), default=0.8, help="lower: more predictable; default: 0.8"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, least=0), default=0, help="sample from the k most likely tokens; 0: from all"
     )
     parser.add_argument(
         "--top_p",
         type=number(float, above=0, most=1),
         default=1.0,
-        help="sample from the likeliest tokens whose probabilities sum to p",
+        help="sample from the most likely tokens whose probabilities sum to p",
     )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="random seed of the sampling")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="makes sampled text repeatable")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
     if not args.greedy and args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the likeliest text.")
+        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the most likely text.")
 
     use_all_cores()
     if args.seed is not None:
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             file=sys.stderr,
         )
     print(args.prompt, end="", flush=True)
-    stream = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = WindowStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for kept, max_new_tokens in windows(len(ids), args.max_new_tokens, context_length):
         window = torch.tensor([ids[-kept:]], device=model.device)
         config.max_new_tokens = max_new_tokens
@@ -126,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> str:
             window,
             attention_mask=torch.ones_like(window),
             generation_config=config,
-            streamer=stream,
+            streamer=streamer,
         )
         ids += output[0, kept:].tolist()
         if ids[-1] == tokenizer.eos_token_id:
             break
-    stream.finish()
+    streamer.finish()
     print()
     return without_incomplete_character(tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -7,6 +7,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -92,15 +93,22 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     for name in ("hf_minigpt", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
 
+def can_build() -> bool:
+    """Whether the installed setuptools is as new as pyproject.toml requires."""
+    try:
+        return int(importlib.metadata.version("setuptools").partition(".")[0]) >= 77
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def pip(*arguments) -> None:
-    setuptools_version = int(importlib.metadata.version("setuptools").partition(".")[0])
-    # pip downloads setuptools if the installed one is older than pyproject.toml requires
-    isolation = ["--no-build-isolation"] if setuptools_version >= 77 else []
+    # else pip downloads setuptools
+    isolation = ["--no-build-isolation"] if can_build() else []
     command = [sys.executable, "-m", "pip", *map(str, arguments), "--quiet", "--no-deps", *isolation]
     subprocess.run(command, check=True, cwd=arguments[-1] if Path(arguments[-1]).is_dir() else None)
 
@@ -126,13 +134,10 @@ def test_the_wheel_has_the_recipes_and_runs(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         archive.extractall(tmp_path / "site")
-    expected = {f"hf_minigpt/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("*.py")}
-    expected |= {f"hf_minigpt/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("*/*.yaml")}
-    assert {name for name in names if name.startswith("hf_minigpt/recipes/")} == expected
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_minigpt").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == package - {"hf_minigpt/recipes/__init__.py"} | {
-        name for name in expected if name.endswith(".py")
-    }
+    packaged = [*ROOT.glob("recipes/*.py"), *ROOT.glob("recipes/*/*.yaml")]
+    expected = {f"hf_minigpt/{path.relative_to(ROOT).as_posix()}" for path in packaged}
+    expected |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("hf_minigpt/**/*.py")}
+    assert set(names) == expected | {"hf_minigpt/py.typed"}
     code = (
         "from hf_minigpt.commands import *; from hf_minigpt.recipes import pretrain; import hf_minigpt.cli; "
         "print(pretrain.__file__, find_config('imdb'), command_for('generate'), sep='\\n')"
@@ -144,6 +149,16 @@ def test_the_wheel_has_the_recipes_and_runs(wheel, tmp_path):
         str(recipes / "configs/imdb.yaml"),
         "hf-minigpt generate",
     ]
+
+
+@pytest.mark.skipif(not can_build(), reason="needs setuptools>=77")
+def test_a_source_distribution_can_build_the_wheel(sources, tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    # Without the first of these files, setuptools does not find the package hf_minigpt.recipes.
+    assert {"hf_minigpt/recipes/__init__.py", "recipes/pretrain.py", "recipes/configs/imdb.yaml"} <= names
 
 
 @pytest.fixture
