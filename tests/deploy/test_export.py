@@ -131,7 +131,7 @@ def layer_norm(x, tensors, name):
 
 
 def gpt2_graph(tensors: dict[str, np.ndarray], ids: list[int], num_layers: int, num_heads: int) -> np.ndarray:
-    """llama.cpp's graph of architecture gpt2, by numpy in float64: logits (T, V)."""
+    """The logits (T, V) of llama.cpp's architecture gpt2, computed by numpy in float64."""
 
     def linear(x, name):
         return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
@@ -152,7 +152,7 @@ def gpt2_graph(tensors: dict[str, np.ndarray], ids: list[int], num_layers: int, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_gguf_by_hand_and_in_llama_cpp(save, tmp_path, tokenizer, tied):
+def test_gguf_computes_the_same_logits_in_numpy_and_llama_cpp(save, tmp_path, tokenizer, tied):
     num_ids = len(tokenizer)
     fields = {"attention_out_bias": False, "intermediate_size": 40, "tie_word_embeddings": tied}
     model = save(vocab_size=num_ids + 9, unpadded_vocab_size=num_ids, **fields)
@@ -172,7 +172,7 @@ def test_gguf_by_hand_and_in_llama_cpp(save, tmp_path, tokenizer, tied):
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, begins):
+def test_llama_cpp_tokenizes_like_the_tokenizer(save, tmp_path, tokenizer, begins):
     import xllamacpp
 
     tokenizer = copy.deepcopy(tokenizer)
@@ -190,7 +190,7 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, b
     text = "Once upon a time, the miller's 11 mills \n\n\tleft élan."
     request = {"prompt": text, "max_tokens": 1, "n_probs": len(tokenizer), "logit_bias": [[letter, 1e9]]}
     answer = server.handle_completions(request)
-    # end-of-text first only where the tokenizer puts it there
+    # The first token is end-of-text only if the tokenizer adds it.
     ids = tokenizer(text).input_ids
     assert (ids[0] == 0) is begins
     field = gguf.GGUFReader(tmp_path / "out/model.gguf").fields["tokenizer.ggml.add_bos_token"]
