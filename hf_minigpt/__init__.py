@@ -1,4 +1,4 @@
-"""A GPT written from scratch that the Hugging Face ecosystem takes for one of its own."""
+"""A GPT written from scratch that works wherever a transformers model works."""
 
 from .model.configuration_minigpt import MiniGPTConfig
 from .model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTModel

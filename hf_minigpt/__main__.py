@@ -1,6 +1,6 @@
-"""`python -m hf_minigpt serve MODEL`"""
+"""`python -m hf_minigpt`: the command `hf-minigpt`."""
 
-from .deploy.serving import main
+from .cli import main
 
 
 main()

@@ -1,23 +1,24 @@
 """
-Take a MiniGPT out of Python's transformers: to a stock class, ONNX, `torch.export` or llama.cpp.
+Export a MiniGPT to a class of transformers, ONNX, `torch.export` or llama.cpp.
 
     python recipes/export.py runs/pretrain runs/pretrain-nanochat --to nanochat
     python recipes/export.py runs/pretrain runs/pretrain-onnx --to onnx
     python recipes/export.py runs/pretrain runs/pretrain-pt2 --to torch-export
     python recipes/export.py runs/gpt2 runs/gpt2-gguf --to gguf
 
-MODEL is a folder or a name on the Hub; another project's checkpoint comes in by `recipes/convert.py` first. The result
-is run in its own runtime beside the model, on the same random ids (of several lengths, padded on the left, and going
-on from a cache where it has one), and the largest difference of the logits is printed: some 1e-6, with llama.cpp
-1e-3. Nothing is left behind if they differ by more than rounding.
+MODEL is a folder or a Hub name. Convert other checkpoints with `recipes/convert.py` first. The script runs the result
+in its own runtime, compares its logits with the model's on the same random ids (several lengths, left padding, a
+cache), and prints the largest difference: about 1e-6, with llama.cpp 1e-3. If the difference is more than rounding,
+the output is deleted.
 
-- gpt2, nanochat: transformers' own class, weights renamed. Any head.
-- onnx, torch-export: one step of decoding with a cache, in fp32. `hf_minigpt/deploy/export.py` names its
-  inputs and outputs. Any language model.
-- gguf: GPT-2-shaped language models: learned positions, LayerNorm before each branch, tanh GELU, byte-level BPE.
+- gpt2, nanochat: the class of transformers, any head.
+- onnx, torch-export: one decoding step with a cache, in fp32, for any language model. `hf_minigpt/deploy/export.py`
+  documents its inputs and outputs.
+- gguf: language models with GPT-2's architecture: learned positions, LayerNorm before each branch, tanh GELU,
+  byte-level BPE.
 
-A config that the target cannot express is refused with the switch named. Needs `pip install "hf_minigpt[export]"` for
-onnx and gguf. The default run's model takes a quarter of a minute or less.
+If the target cannot express a field of the config, the error names it. onnx and gguf need
+`pip install "hf_minigpt[export]"`. The model of the default pretraining run takes at most 15 seconds.
 """
 
 import argparse
@@ -26,40 +27,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from convert import MAX_DIFFERENCE, find_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.adapters import merged
+from hf_minigpt.commands import command_for
 from hf_minigpt.deploy import conversion, export
 
 
-STOCK = {"gpt2": conversion.to_gpt2, "nanochat": conversion.to_nanochat}
+TRANSFORMERS = {"gpt2": conversion.to_gpt2, "nanochat": conversion.to_nanochat}
 SOURCES = {"gpt2": conversion.MINIGPT_TO_GPT2, "nanochat": conversion.MINIGPT_TO_NANOCHAT}
 GRAPHS = {
     "onnx": (export.to_onnx, export.load_onnx, "model.onnx"),
     "torch-export": (export.to_torch_export, export.load_torch_export, "model.pt2"),
 }
-# llama.cpp computes parts in half precision.
+# llama.cpp computes partly in half precision.
 MAX_DIFFERENCE_GGUF = 5e-2
 NEXT = {
-    "gpt2": 'python recipes/generate.py {folder} --prompt "Once upon a time"',
-    "nanochat": 'python recipes/generate.py {folder} --prompt "Once upon a time"',
+    **dict.fromkeys(TRANSFORMERS, '{generate} {folder} --prompt "Once upon a time"'),
     "onnx": "onnxruntime.InferenceSession('{folder}/model.onnx')",
     "torch-export": "torch.export.load('{folder}/model.pt2').module(check_guards=False)",
     "gguf": "{folder}/model.gguf, in any program of llama.cpp",
 }
 
 
-def count_ids(model: MiniGPTForCausalLM) -> int:
-    return model.config.unpadded_vocab_size or model.config.vocab_size
-
-
 @torch.no_grad()
 def compare_steps(model: MiniGPTForCausalLM, step: export.Step) -> float:
-    """The largest difference of the logits of text over two rows, one padded on the left, then of one more token."""
+    """Return the largest difference of the logits over two rows, one with left padding, and one more decoding step."""
     length, padding = min(16, model.config.max_position_embeddings - 1), 3
-    num_ids = count_ids(model)
+    num_ids = conversion.num_model_ids(model.config)
     ids = torch.randint(num_ids, (2, length + 1), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
@@ -74,9 +70,9 @@ def compare_steps(model: MiniGPTForCausalLM, step: export.Step) -> float:
 
 
 @torch.no_grad()
-def compare_next(model: MiniGPTForCausalLM, path: Path, tokenizer: PreTrainedTokenizerFast) -> float:
-    """The largest difference of log-probabilities after prompts of several lengths, in llama.cpp."""
-    num_ids = count_ids(model)
+def compare_gguf(model: MiniGPTForCausalLM, path: Path, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Return the largest difference of the next token's log-probabilities in llama.cpp, after three prompts."""
+    num_ids = conversion.num_model_ids(model.config)
     next_log_probabilities = export.load_gguf(path, tokenizer, num_ids)
     ids = torch.randint(num_ids, (1, 32), generator=torch.Generator().manual_seed(0))
     differences = []
@@ -87,20 +83,20 @@ def compare_next(model: MiniGPTForCausalLM, path: Path, tokenizer: PreTrainedTok
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, to: str, folder: Path) -> float:
-    """Write `model` into `folder` and read it back in its runtime: the largest difference of the logits."""
+    """Export `model` into `folder`, run it in its runtime, and return the largest difference of the logits."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if to in STOCK:
-        STOCK[to](model).save_pretrained(folder)
+    if to in TRANSFORMERS:
+        TRANSFORMERS[to](model).save_pretrained(folder)
         exported_class = SOURCES[to][type(model)]
         return conversion.compare_logits(model, exported_class.from_pretrained(folder))
     assert isinstance(model, MiniGPTForCausalLM)
     model = model.float()
     if to == "gguf":
         if tokenizer is None:
-            raise ValueError("A GGUF file holds a tokenizer, and the model comes with none: save it in its folder.")
+            raise ValueError("A GGUF file needs a tokenizer, and the model has none. Save one in its folder.")
         export.to_gguf(model, tokenizer, folder / "model.gguf")
-        return compare_next(model, folder / "model.gguf", tokenizer)
+        return compare_gguf(model, folder / "model.gguf", tokenizer)
     save, load, name = GRAPHS[to]
     save(model, folder / name)
     return compare_steps(model, load(folder / name))
@@ -109,12 +105,12 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, to:
 def main(argv: Sequence[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name of a MiniGPT")
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--to", choices=[*STOCK, *GRAPHS, "gguf"], required=True)
+    parser.add_argument("output_dir", type=Path, help="folder for the result; must be empty or missing")
+    parser.add_argument("--to", choices=[*TRANSFORMERS, *GRAPHS, "gguf"], required=True, help="format of the result")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        parser.error(f"{args.output_dir} is not empty: choose another folder")
-    # an adapter's folder holds no model: from here on it is a whole one
+        parser.error(f"output_dir={args.output_dir} is not empty. Choose another folder.")
+    # A LoRA adapter is merged into its base model first.
     with merged(args.model) as folder:
         return export_model(parser, args, folder)
 
@@ -122,24 +118,25 @@ def main(argv: Sequence[str] | None = None) -> float:
 def export_model(parser: argparse.ArgumentParser, args: argparse.Namespace, folder: str) -> float:
     layout = conversion.detect_layout(folder)
     if layout != "minigpt":
-        parser.error(f"{args.model} is in the layout of {layout}: bring it in with recipes/convert.py first")
-    heads = SOURCES[args.to] if args.to in STOCK else {MiniGPTForCausalLM: MiniGPTForCausalLM}
+        parser.error(f"{args.model} is a {layout} checkpoint. Convert it first with `{command_for('convert')}`.")
+    heads = SOURCES[args.to] if args.to in TRANSFORMERS else {MiniGPTForCausalLM: MiniGPTForCausalLM}
     model, _ = conversion.load_source(folder, heads)
-    tokenizer = find_tokenizer(folder)
+    tokenizer = conversion.find_tokenizer(folder)
 
-    # beside the folder, and renamed only once it is known to be right
+    # Write into a temporary folder, and rename it once the logits agree.
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     partial.mkdir(parents=True)
     try:
         difference = write(model.eval(), tokenizer, args.to, partial)
+        limit = MAX_DIFFERENCE_GGUF if args.to == "gguf" else conversion.MAX_DIFFERENCE
         print(f"{args.model} -> {args.to}: largest difference of the logits {difference:.1e}")
-        if not difference <= (MAX_DIFFERENCE_GGUF if args.to == "gguf" else MAX_DIFFERENCE):
-            raise RuntimeError("That is more than rounding: nothing was written.")
+        if not difference <= limit:
+            raise RuntimeError(f"The difference is more than rounding ({limit}). Nothing was written.")
         partial.replace(args.output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{args.output_dir} holds it{' and its tokenizer' if tokenizer else ''}. Next:")
-    print(f"    {NEXT[args.to].format(folder=args.output_dir)}")
+    print(f"Saved the model{' and its tokenizer' if tokenizer else ''} in {args.output_dir}. Next:")
+    print(f"    {NEXT[args.to].format(folder=args.output_dir, generate=command_for('generate'))}")
     return difference
 
 

@@ -1,10 +1,11 @@
 """
-Let a model go on from a prompt; the text appears as it is written.
+Generate text from a prompt, and print it as it is generated.
 
     python recipes/generate.py runs/pretrain --prompt "Once upon a time" --max_new_tokens 200 --top_k 50
     python recipes/generate.py runs/books --prompt "She was" --greedy
 
-MODEL is a folder or a name on the Hub. Without a prompt the model begins a document of its own.
+MODEL is a folder or a Hub name, of a MiniGPT or another causal language model. Without a prompt the model begins a new
+document.
 """
 
 import argparse
@@ -21,42 +22,47 @@ from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
 
 
-class Stream(TextStreamer):
-    """Prints the text of several `generate` calls as one; a character whose bytes come in two of them stays whole."""
+class WindowStreamer(TextStreamer):
+    """Print the tokens of several `generate` calls as one text, also where a character spans two calls."""
 
     def end(self):
-        # what is not printed yet waits for the next call
+        # Keep the text that is not printed yet for the next call.
         self.next_tokens_are_prompt = True
 
     def finish(self):
-        """Print the rest, without a character that was not written to its end."""
+        """Print the rest of the text, without an incomplete last character."""
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs) if self.token_cache else ""
-        self.on_finalized_text(whole_characters(text[self.print_len :]), stream_end=True)
+        self.on_finalized_text(without_incomplete_character(text[self.print_len :]), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         print(text, end="", flush=True)
 
 
-def whole_characters(text: str) -> str:
-    """`text` without the bytes of an unfinished character at its end."""
+def without_incomplete_character(text: str) -> str:
+    """Remove the replacement characters that stand for an incomplete last character."""
     return text.rstrip("\ufffd")
 
 
 def windows(length: int, max_new_tokens: int, context_length: int | None) -> Iterator[tuple[int, int]]:
-    """How to write past the context: pairs of tokens to keep from the end and tokens to write after them.
+    """
+    Split a long generation into windows that fit into the context.
 
-    A full context goes on from its second half, so that most of the cache is used and no position is out of range.
+    When the context is full, the next window starts from its second half, so that most tokens use the cache.
 
     Args:
-        length: tokens of the prompt.
-        context_length: None if the positions extend.
+        length: number of prompt tokens.
+        max_new_tokens: number of tokens to generate in all.
+        context_length: longest input of the model, or None if its positions have no limit.
+
+    Yields:
+        The number of last tokens to keep as the prompt, and the number of tokens to generate after them.
     """
     while max_new_tokens > 0:
         if context_length is None:
             kept, num = length, max_new_tokens
         else:
             kept = length if length < context_length else max(context_length // 2, 1)
-            # the last token written is not read again, so a window holds one more
+            # The last generated token is never an input, so a window has room for one more.
             num = min(max_new_tokens, context_length + 1 - kept)
         yield kept, num
         length += num
@@ -66,27 +72,29 @@ def windows(length: int, max_new_tokens: int, context_length: int | None) -> Ite
 def main(argv: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("--prompt", default="", help="text to go on from")
-    parser.add_argument("--max_new_tokens", type=number(int, least=1), default=200)
+    parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.8, help="below 1 safer, above 1 wilder"
+        "--max_new_tokens", type=number(int, least=1), default=200, help="number of tokens to generate; default: 200"
     )
     parser.add_argument(
-        "--top_k", type=number(int, least=0), default=0, help="draw from the k likeliest tokens; 0: from all"
+        "--temperature", type=number(float, least=0), default=0.8, help="lower: more predictable; default: 0.8"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, least=0), default=0, help="sample from the k most likely tokens; 0: from all"
     )
     parser.add_argument(
         "--top_p",
         type=number(float, above=0, most=1),
         default=1.0,
-        help="draw from the likeliest tokens that sum up to p",
+        help="sample from the most likely tokens whose probabilities sum to p",
     )
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="for the same text again")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="makes sampled text repeatable")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
     if not args.greedy and args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0; for the likeliest text use --greedy.")
+        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the most likely text.")
 
     use_all_cores()
     if args.seed is not None:
@@ -103,16 +111,16 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
 
     ids = encode_prompt(tokenizer, args.prompt)
-    # GPT-2 and its like have no such field, and a table
+    # GPT-2 and similar models lack the field and have learned positions.
     has_table = getattr(model.config, "position_embedding_type", "learned") in ("learned", "absolute")
     context_length = model.config.max_position_embeddings if has_table else None
     if context_length is not None and len(ids) + args.max_new_tokens > context_length + 1:
         print(
-            f"The model's context is {context_length} tokens: past it the window slides, the beginning is forgotten.",
+            f"The model's context is {context_length} tokens. Longer text depends on the most recent tokens only.",
             file=sys.stderr,
         )
     print(args.prompt, end="", flush=True)
-    stream = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = WindowStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for kept, max_new_tokens in windows(len(ids), args.max_new_tokens, context_length):
         window = torch.tensor([ids[-kept:]], device=model.device)
         config.max_new_tokens = max_new_tokens
@@ -120,14 +128,14 @@ def main(argv: Sequence[str] | None = None) -> str:
             window,
             attention_mask=torch.ones_like(window),
             generation_config=config,
-            streamer=stream,
+            streamer=streamer,
         )
         ids += output[0, kept:].tolist()
         if ids[-1] == tokenizer.eos_token_id:
             break
-    stream.finish()
+    streamer.finish()
     print()
-    return whole_characters(tokenizer.decode(ids, skip_special_tokens=True))
+    return without_incomplete_character(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pretrain
 from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
@@ -51,6 +50,7 @@ from hf_minigpt.instructions.trainer import (
 )
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
+from hf_minigpt.recipes import pretrain
 from hf_minigpt.training.arguments import check_writable, parse, use_all_cores
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely

@@ -19,7 +19,7 @@ ALLOWED = {
     "deploy": TOP,
     "training": TOP | {"data", "publishing", "deploy"},
     **dict.fromkeys(JOBS, TOP | {"data", "publishing", "deploy", "training"}),
-    "command line": {"deploy"},
+    "command line": TOP | {"deploy"},
 }
 FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 

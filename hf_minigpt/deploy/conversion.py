@@ -1,10 +1,10 @@
 """
-GPT-1, GPT-2, nanoGPT and NanoChat checkpoints into MiniGPT; MiniGPT into the layouts of GPT-2 and NanoChat.
+Convert GPT-1, GPT-2, nanoGPT and NanoChat checkpoints to MiniGPT, and MiniGPT to GPT-2 and NanoChat.
 
-Parameters are renamed, transposed, split, joined and copied, never computed, so that GPT-2 -> MiniGPT -> GPT-2 gives
-back every bit. What the other side cannot express is refused by name. `compare_logits` is the proof of a conversion.
+Parameters are only renamed, transposed, split and concatenated, so GPT-2 -> MiniGPT -> GPT-2 returns the same bits. If
+the target cannot express a field of the config, the error names it. `compare_logits` checks a conversion.
 
-    from hf_minigpt.conversion import compare_logits, from_gpt2, to_gpt2
+    from hf_minigpt.deploy.conversion import compare_logits, from_gpt2, to_gpt2
 
     model = from_gpt2("openai-community/gpt2")
     assert compare_logits(model, to_gpt2(model)) < 1e-3
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -31,6 +32,7 @@ from transformers import (
     OpenAIGPTModel,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 
@@ -44,7 +46,10 @@ Source = PreTrainedModel | PathOrName
 State = dict[str, torch.Tensor]
 Heads = dict[type[PreTrainedModel], type[PreTrainedModel]]
 
-# Each class with the one that has the same head on the other side.
+# Largest difference of logits that rounding explains, also for logits in the hundreds
+MAX_DIFFERENCE = 1e-2
+
+# Source class -> target class with the same head
 GPT2_HEADS: Heads = {
     GPT2LMHeadModel: MiniGPTForCausalLM,
     GPT2ForSequenceClassification: MiniGPTForSequenceClassification,
@@ -60,7 +65,7 @@ MINIGPT_TO_GPT2: Heads = {ours: theirs for theirs, ours in GPT2_HEADS.items()}
 MINIGPT_TO_NANOCHAT: Heads = {ours: theirs for theirs, ours in NANOCHAT_HEADS.items()}
 
 HEAD_MODULES = ("lm_head", "score")
-# The modules of a GPT-1, GPT-2 or nanoGPT block, each with the MiniGPT modules whose rows it stacks.
+# Module of a GPT-1, GPT-2 or nanoGPT block -> MiniGPT modules that it concatenates
 BLOCK_MODULES = {
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -69,16 +74,16 @@ BLOCK_MODULES = {
     "mlp.c_fc": ["mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
-# Stored (in, out) by GPT-1 and GPT-2, (out, in) by nanoGPT and MiniGPT.
+# Shape (in, out) in GPT-1 and GPT-2, (out, in) in nanoGPT and MiniGPT
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 GPT1_EMBEDDINGS = ("tokens_embed", "positions_embed")
 GPT2_EMBEDDINGS = ("wte", "wpe")
 NANOCHAT_MODULES = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 
-# OpenAI's code, and transformers' with it, calls the tanh form "gelu".
+# GPT-1's "gelu" is the tanh approximation.
 GPT1_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 
-CARRIED_FIELDS = (
+SHARED_FIELDS = (
     "initializer_range",
     "tie_word_embeddings",
     "bos_token_id",
@@ -90,9 +95,9 @@ CARRIED_FIELDS = (
 )
 GPT_FIELDS = ("layer_norm_epsilon", "embd_pdrop", "attn_pdrop", "resid_pdrop")
 
-# What a config must say to be expressed on the other side, beside its sizes and its attention scale.
-GPT2_SOURCE_NEEDS = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-GPT2_NEEDS = {
+# Field -> value that the target requires
+GPT2_SOURCE_REQUIRES = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT2_REQUIRES = {
     "norm_type": "layernorm",
     "norm_placement": "pre",
     "embedding_norm": False,
@@ -101,7 +106,7 @@ GPT2_NEEDS = {
     "qk_norm": False,
     "head_mask": None,
 }
-NANOCHAT_NEEDS = {
+NANOCHAT_REQUIRES = {
     "norm_type": "rmsnorm",
     "norm_affine": False,
     "norm_placement": "pre",
@@ -112,7 +117,7 @@ NANOCHAT_NEEDS = {
     "mlp_bias": False,
     "head_mask": None,
 }
-HEAD_NEEDS: dict[type[PreTrainedModel], dict[str, Any]] = {
+HEAD_REQUIRES: dict[type[PreTrainedModel], dict[str, Any]] = {
     GPT2LMHeadModel: {"lm_head_bias": False, "final_logit_softcapping": None},
     GPT2ForSequenceClassification: {"pooling": "last", "auxiliary_lm_weight": 0},
     GPT2Model: {},
@@ -122,25 +127,26 @@ HEAD_NEEDS: dict[type[PreTrainedModel], dict[str, Any]] = {
 
 
 def from_gpt2(source: Source, **overrides: Any) -> PreTrainedModel:
-    """A MiniGPT with the parameters, head, labels, token ids and dtype of a GPT-2.
+    """
+    Convert a GPT-2 (Radford et al., 2019) to MiniGPT, with its head, labels, token ids and dtype.
 
-    `reorder_and_upcast_attn`, a matter of precision that only eager attention looks at, is left behind.
+    `reorder_and_upcast_attn` is ignored: it only changes the precision of eager attention.
 
     Args:
-        source: a `GPT2LMHeadModel`, `GPT2ForSequenceClassification` or `GPT2Model`; a folder; or a name on the Hub.
-            A model is left as it is, and shares no memory with the result.
-        overrides: fields of `MiniGPTConfig` to set beside the converted ones (dropout, `pad_token_id`, ...).
+        source: a `GPT2LMHeadModel`, `GPT2ForSequenceClassification` or `GPT2Model`, a folder, or a Hub name. A model
+            is not changed, and shares no memory with the result.
+        overrides: fields of `MiniGPTConfig` that replace the converted ones (dropout, `pad_token_id`, ...).
 
     Returns:
         The MiniGPT class with the source's head, on the source's device, in evaluation mode.
 
     Raises:
-        ValueError: the class or a switch of the source has no counterpart, or an override is no field.
+        ValueError: MiniGPT cannot express the source's class or config, or an override is not a field.
     """
     model, minigpt_class = load_source(source, GPT2_HEADS)
     config = model.config
-    _refuse(config, GPT2_SOURCE_NEEDS, "MiniGPT has no such switch: keep this checkpoint in transformers' own class.")
-    fields = _carry(config, *GPT_FIELDS, "use_cache") | {
+    _check_fields(config, GPT2_SOURCE_REQUIRES, "MiniGPT cannot express this. Use the model with transformers' class.")
+    fields = _copy_fields(config, *GPT_FIELDS, "use_cache") | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_inner,
@@ -150,21 +156,22 @@ def from_gpt2(source: Source, **overrides: Any) -> PreTrainedModel:
         "hidden_act": config.activation_function,
         "attention_scaling": None if config.scale_attn_weights else 1.0,
     }
-    state = _gpt_to_minigpt(_state(model), _gpt_modules(config.n_layer, GPT2_EMBEDDINGS))
-    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
+    state = _gpt_to_minigpt(_parameters(model), _gpt_modules(config.n_layer, GPT2_EMBEDDINGS))
+    return _build_model(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
 def to_gpt2(source: Source) -> PreTrainedModel:
-    """A GPT-2 of transformers' own class with the parameters, head, labels, token ids and dtype of a MiniGPT.
+    """
+    Convert a MiniGPT to transformers' GPT-2, with its head, labels, token ids and dtype.
 
-    Biases and norm parameters that the MiniGPT lacks become zeros and ones. Rows of a padded table from
-    `unpadded_vocab_size` on are cut off, since GPT-2 cannot mask them.
+    Missing biases become zeros and missing norm weights ones. Padding rows of the embedding table, from
+    `unpadded_vocab_size`, are removed, because GPT-2 cannot mask them.
 
     Args:
-        source: a MiniGPT with or without a head; a folder; or a name on the Hub.
+        source: a MiniGPT with or without a head, a folder, or a Hub name.
 
     Raises:
-        ValueError: with a list of the config's fields that GPT-2 cannot express.
+        ValueError: GPT-2 cannot express the config; the message lists the fields.
     """
     model, gpt2_class = load_source(source, MINIGPT_TO_GPT2)
     config = model.config
@@ -173,11 +180,11 @@ def to_gpt2(source: Source) -> PreTrainedModel:
         also.append(f"head_dim={config.head_dim} (needs hidden_size / num_attention_heads)")
     if config.attention_scaling not in (None, 1.0, config.head_dim**-0.5):
         also.append(f"attention_scaling={config.attention_scaling} (needs None or 1.0)")
-    remedy = "Publish it as a MiniGPT, which carries its code, or train from preset('gpt2') to export it."
-    _refuse(config, GPT2_NEEDS | HEAD_NEEDS[gpt2_class], remedy, also)
+    remedy = "Publish it as a MiniGPT with its code, or train from preset('gpt2') to export it."
+    _check_fields(config, GPT2_REQUIRES | HEAD_REQUIRES[gpt2_class], remedy, also)
     gpt2_config = GPT2Config(
-        **_carry(config, *GPT_FIELDS, "use_cache"),
-        vocab_size=_num_ids(config),
+        **_copy_fields(config, *GPT_FIELDS, "use_cache"),
+        vocab_size=num_model_ids(config),
         n_embd=config.hidden_size,
         n_inner=config.intermediate_size,
         n_layer=config.num_hidden_layers,
@@ -186,24 +193,25 @@ def to_gpt2(source: Source) -> PreTrainedModel:
         activation_function=config.hidden_act,
         scale_attn_weights=config.attention_scaling in (None, config.head_dim**-0.5),
     )
-    state = _minigpt_to_gpt2(_cut_padding(_state(model), config), config.num_hidden_layers)
-    return _build(gpt2_class, gpt2_config, state, model)
+    state = _minigpt_to_gpt2(_remove_padding_rows(_parameters(model), config), config.num_hidden_layers)
+    return _build_model(gpt2_class, gpt2_config, state, model)
 
 
 def from_gpt1(source: Source, **overrides: Any) -> PreTrainedModel:
-    """A MiniGPT with the parameters, head, labels, token ids and dtype of an OpenAI GPT (Radford et al., 2018).
+    """
+    Convert an OpenAI GPT (Radford et al., 2018) to MiniGPT, with its head, labels, token ids and dtype.
 
     Args:
-        source: an `OpenAIGPTLMHeadModel`, `OpenAIGPTForSequenceClassification` or `OpenAIGPTModel`; a folder; or a
-            name on the Hub.
+        source: an `OpenAIGPTLMHeadModel`, `OpenAIGPTForSequenceClassification` or `OpenAIGPTModel`, a folder, or a
+            Hub name.
         overrides: as for `from_gpt2`.
 
     Raises:
-        ValueError: the class has no counterpart, or an override is no field.
+        ValueError: MiniGPT cannot express the source's class, or an override is not a field.
     """
     model, minigpt_class = load_source(source, GPT1_HEADS)
     config = model.config
-    fields = _carry(config, *GPT_FIELDS) | {
+    fields = _copy_fields(config, *GPT_FIELDS) | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,
@@ -213,62 +221,66 @@ def from_gpt1(source: Source, **overrides: Any) -> PreTrainedModel:
         "norm_placement": "post",
         "residual_init": "normal",
     }
-    state = _gpt_to_minigpt(_state(model), _gpt_modules(config.n_layer, GPT1_EMBEDDINGS))
-    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
+    state = _gpt_to_minigpt(_parameters(model), _gpt_modules(config.n_layer, GPT1_EMBEDDINGS))
+    return _build_model(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
 def from_nanogpt(source: PathOrName, **overrides: Any) -> PreTrainedModel:
-    """A MiniGPT with the parameters of a nanoGPT checkpoint (github.com/karpathy/nanoGPT).
+    """
+    Convert a nanoGPT checkpoint (github.com/karpathy/nanoGPT) to MiniGPT.
 
-    The file names neither tokenizer nor end-of-text token: with GPT-2's, give `unpadded_vocab_size=50257` and
-    `eos_token_id=50256`. Where nanoGPT's norms have no bias, MiniGPT's have one of zero, which training would move.
+    The file names neither a tokenizer nor an end-of-text token. For GPT-2's, set `unpadded_vocab_size=50257` and
+    `eos_token_id=50256`. If nanoGPT's norms have no bias, MiniGPT's have a zero bias, which further training changes.
 
     Args:
-        source: `ckpt.pt`, or the folder that it is in; loaded without unpickling code.
-        overrides: as for `from_gpt2`; `hidden_act="gelu_new"` for a model of nanoGPT's first months, which
-            computed the tanh GELU.
+        source: `ckpt.pt` or its folder; loaded without unpickling code.
+        overrides: as for `from_gpt2`. Checkpoints of nanoGPT's first months need `hidden_act="gelu_new"`, the tanh
+            approximation of GELU.
 
     Raises:
-        ValueError: no such file, not a nanoGPT checkpoint, or an override is no field.
+        ValueError: the file is missing or is not a nanoGPT checkpoint, or an override is not a field.
     """
     model_args, state = _read_nanogpt(source)
-    # The first checkpoints do not say: they always had biases.
+    # The first checkpoints lack the entry, and always have biases.
     biased = model_args.get("bias", True)
     fields = _nanogpt_fields(model_args) | {"qkv_bias": biased, "attention_out_bias": biased, "mlp_bias": biased}
     state = _gpt_to_minigpt(state, _gpt_modules(model_args["n_layer"], GPT2_EMBEDDINGS), conv1d=False)
-    return _build(MiniGPTForCausalLM, _minigpt_config(fields, overrides), state)
+    return _build_model(MiniGPTForCausalLM, _minigpt_config(fields, overrides), state)
 
 
 def nanogpt_as_gpt2(source: PathOrName) -> PreTrainedModel:
-    """The same nanoGPT checkpoint in transformers' `GPT2LMHeadModel`: what `from_nanogpt` is compared with."""
+    """Load a nanoGPT checkpoint as transformers' `GPT2LMHeadModel`, as a reference for `from_nanogpt`."""
     model_args, state = _read_nanogpt(source)
     state = {name: tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor for name, tensor in state.items()}
-    return _build(GPT2LMHeadModel, GPT2Config(**_nanogpt_fields(model_args)), state)
+    return _build_model(GPT2LMHeadModel, GPT2Config(**_nanogpt_fields(model_args)), state)
 
 
 def from_nanochat(source: Source, **overrides: Any) -> PreTrainedModel:
-    """A MiniGPT with the parameters, token ids and dtype of a NanoChat (github.com/karpathy/nanochat).
+    """
+    Convert a NanoChat (github.com/karpathy/nanochat) to MiniGPT, with its token ids and dtype.
 
-    NanoChat turns queries and keys the other way round than Llama and MiniGPT: the halves of each head change places.
+    NanoChat rotates queries and keys in the opposite direction to Llama and MiniGPT, so the two halves of each head
+    are swapped.
 
     Args:
-        source: a `NanoChatForCausalLM` or `NanoChatModel`; a folder; or a name on the Hub.
+        source: a `NanoChatForCausalLM` or `NanoChatModel`, a folder, or a Hub name.
         overrides: as for `from_gpt2`.
 
     Raises:
-        ValueError: heads share keys and values, the class has no counterpart, or an override is no field.
+        ValueError: the model has grouped key-value heads, MiniGPT cannot express its class, or an override is not a
+            field.
     """
     model, minigpt_class = load_source(source, NANOCHAT_HEADS)
     config = model.config
-    remedy = "MiniGPT's heads each have their own keys and values: keep this checkpoint in transformers' own class."
-    _refuse(config, {"num_key_value_heads": config.num_attention_heads}, remedy)
-    # No field of NanoChatConfig, but NanoChat reads it.
+    remedy = "MiniGPT has no grouped key-value heads. Use the model with transformers' class."
+    _check_fields(config, {"num_key_value_heads": config.num_attention_heads}, remedy)
+    # NanoChatConfig does not declare head_dim, but NanoChat reads it.
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     rope_parameters = copy.deepcopy(config.rope_parameters)
     if rope_parameters.get("rope_type", "default") == "default":
-        # which NanoChat does not read
+        # NanoChat ignores this field.
         rope_parameters.pop("partial_rotary_factor", None)
-    fields = _carry(config, "use_cache") | {
+    fields = _copy_fields(config, "use_cache") | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -292,21 +304,22 @@ def from_nanochat(source: Source, **overrides: Any) -> PreTrainedModel:
         "attn_pdrop": config.attention_dropout,
         "resid_pdrop": 0.0,
     }
-    state = _rename(_turn_round(_state(model), head_dim), NANOCHAT_MODULES)
-    return _build(minigpt_class, _minigpt_config(fields, overrides), state, model)
+    state = _rename_modules(_swap_head_halves(_parameters(model), head_dim), NANOCHAT_MODULES)
+    return _build_model(minigpt_class, _minigpt_config(fields, overrides), state, model)
 
 
 def to_nanochat(source: Source) -> PreTrainedModel:
-    """A NanoChat of transformers' own class with the parameters, token ids and dtype of a MiniGPT.
+    """
+    Convert a MiniGPT to transformers' NanoChat, with its token ids and dtype.
 
-    Missing biases and padded tables as in `to_gpt2`. Dropout outside attention, which NanoChat lacks and only training
-    would notice, is left behind.
+    Missing biases and padded embedding tables are handled as in `to_gpt2`. Dropout outside attention, which NanoChat
+    lacks, is dropped.
 
     Args:
-        source: a MiniGPT language model or one without a head; a folder; or a name on the Hub.
+        source: a MiniGPT language model or a model without a head, a folder, or a Hub name.
 
     Raises:
-        ValueError: with a list of the config's fields that NanoChat cannot express.
+        ValueError: NanoChat cannot express the config; the message lists the fields.
     """
     model, nanochat_class = load_source(source, MINIGPT_TO_NANOCHAT)
     config = model.config
@@ -316,11 +329,11 @@ def to_nanochat(source: Source) -> PreTrainedModel:
     share = config.rope_parameters.get("partial_rotary_factor", 1.0) if config.rope_parameters else 1.0
     if share != 1:
         also.append(f"rope_parameters with partial_rotary_factor={share} (needs 1)")
-    remedy = "Publish it as a MiniGPT, which carries its code, or train from a minigpt-* preset to export it."
-    _refuse(config, NANOCHAT_NEEDS | HEAD_NEEDS[nanochat_class], remedy, also)
+    remedy = "Publish it as a MiniGPT with its code, or train from a minigpt-* preset to export it."
+    _check_fields(config, NANOCHAT_REQUIRES | HEAD_REQUIRES[nanochat_class], remedy, also)
     nanochat_config = NanoChatConfig(
-        **_carry(config, "use_cache", "head_dim"),
-        vocab_size=_num_ids(config),
+        **_copy_fields(config, "use_cache", "head_dim"),
+        vocab_size=num_model_ids(config),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -333,37 +346,40 @@ def to_nanochat(source: Source) -> PreTrainedModel:
         final_logit_softcapping=config.final_logit_softcapping,
         attention_bias=config.qkv_bias or config.attention_out_bias,
     )
-    state = _turn_round(_cut_padding(_state(model), config), config.head_dim)
-    state = _rename(state, {ours: theirs for theirs, ours in NANOCHAT_MODULES.items()})
-    return _build(nanochat_class, nanochat_config, state, model)
+    state = _swap_head_halves(_remove_padding_rows(_parameters(model), config), config.head_dim)
+    state = _rename_modules(state, {ours: theirs for theirs, ours in NANOCHAT_MODULES.items()})
+    return _build_model(nanochat_class, nanochat_config, state, model)
 
 
 @torch.no_grad()
 def compare_logits(
     one: PreTrainedModel, other: PreTrainedModel, *, num_rows: int = 2, num_tokens: int = 64, seed: int = 0
 ) -> float:
-    """The largest absolute difference between the logits of two models (hidden states, without a head), in fp32.
+    """
+    Return the largest absolute difference between the logits of two models in fp32, or of their hidden states if they
+    have no head.
+
+    Both read the same rows of random ids. Ids from `unpadded_vocab_size`, which MiniGPT masks, are not compared.
 
     Args:
-        num_rows: how many rows of random ids both read, one by one.
-        num_tokens: their length, cut to the shorter context of the two.
-        seed: of the ids, drawn among those that both tables have. Ids from `unpadded_vocab_size` on, which MiniGPT
-            masks, are neither drawn nor compared.
+        num_rows: number of rows.
+        num_tokens: length of a row, truncated to the shorter context of the two models.
+        seed: random seed of the ids.
     """
     configs = (one.config, other.config)
-    num_ids = min(_num_ids(config) for config in configs)
+    num_ids = min(num_model_ids(config) for config in configs)
     length = min(num_tokens, *(config.max_position_embeddings for config in configs))
-    # A classifier that looks for padding would pool a row that ends in the padding token elsewhere.
+    # A GPT-2 classifier treats trailing padding ids as padding, so do not draw them.
     drawn = torch.tensor([i for i in range(num_ids) if i not in [config.pad_token_id for config in configs]])
     rows = drawn[torch.randint(len(drawn), (num_rows, 1, length), generator=torch.Generator().manual_seed(seed))]
-    # One after the other: in half precision each is copied to fp32.
-    pairs = zip(*([*_answers(model, rows, num_ids)] for model in (one, other)), strict=True)
-    # torch's maximum, unlike Python's, lets no NaN get lost.
+    # One model after the other, because a half-precision model is copied to fp32.
+    pairs = zip(*([*_outputs(model, rows, num_ids)] for model in (one, other)), strict=True)
+    # Unlike Python's max, torch's returns NaN if any value is NaN.
     return torch.stack([(mine - others).abs().max() for mine, others in pairs]).max().item()
 
 
-def _answers(model: PreTrainedModel, rows: torch.Tensor, num_ids: int) -> Iterator[torch.Tensor]:
-    """Logits or hidden states of each row of ids (N, 1, T), in fp32, on the CPU."""
+def _outputs(model: PreTrainedModel, rows: torch.Tensor, num_ids: int) -> Iterator[torch.Tensor]:
+    """Yield the logits or hidden states of each row of ids (N, 1, T), in fp32 on the CPU."""
     if model.training or model.dtype != torch.float32:
         model = copy.deepcopy(model).float().eval()
     for input_ids in rows.to(model.device):
@@ -371,56 +387,87 @@ def _answers(model: PreTrainedModel, rows: torch.Tensor, num_ids: int) -> Iterat
         if "logits" not in output:
             yield output.last_hidden_state.cpu()
         else:
-            # (1, T, V) of a language model, (1, num_labels) of a classifier
+            # (1, T, V) for a language model, (1, num_labels) for a classifier
             yield output.logits[..., :num_ids].cpu() if output.logits.dim() == 3 else output.logits.cpu()
 
 
 def detect_layout(source: PathOrName) -> str:
-    """The layout of a checkpoint on disk or on the Hub: a key of `FROM`, or "minigpt".
+    """
+    Return the format of a checkpoint on disk or on the Hub: a key of `FROM`, or "minigpt".
 
     Raises:
-        ValueError: a layout that does not convert.
+        ValueError: the format cannot be converted.
     """
     path = Path(source)
     if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
         return "nanogpt"
     if is_adapter(path):
         raise ValueError(
-            f"{source} is an adapter, not a whole model: merge it first, by `hf_minigpt.adapters.save_merged("
+            f"{source} is an adapter. Merge it into its base model first, with `hf_minigpt.adapters.save_merged("
             f"{str(source)!r}, folder)`."
         )
     model_type = AutoConfig.from_pretrained(source).model_type
     layouts = {"gpt2": "gpt2", "openai-gpt": "gpt1", "nanochat": "nanochat", "minigpt": "minigpt"}
     if model_type not in layouts:
         raise ValueError(
-            f"{source} has model_type={model_type!r}, which does not convert: give a checkpoint of type "
+            f"{source} has model_type={model_type!r}, which cannot be converted. Give a checkpoint of type "
             f"{', '.join(layouts)}, or nanoGPT's ckpt.pt."
         )
     return layouts[model_type]
 
 
 def load_source(source: Source, heads: Heads) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
-    """The source, loaded by its own class where it is a folder or a Hub name, and what `heads` says it becomes."""
+    """
+    Load a model for a conversion.
+
+    Args:
+        source: a model, a folder, or a Hub name.
+        heads: source class -> target class.
+
+    Returns:
+        The model, and the class to convert it to.
+
+    Raises:
+        ValueError: the model's class is not in `heads`.
+    """
     if isinstance(source, PreTrainedModel):
         name = type(source).__name__
     else:
         config = AutoConfig.from_pretrained(source)
-        # Without architectures it is taken for a language model, which every layout lists first.
+        # A config without architectures is a language model, the first entry of every table.
         name = config.architectures[0] if config.architectures else next(iter(heads)).__name__
-    # By name: a MiniGPT that runs the Hub's copy of the code is another class object.
+    # Compare names: a MiniGPT loaded with the code on the Hub has a different class object.
     by_name = {source_class.__name__: source_class for source_class in heads}
     if name not in by_name:
         raise ValueError(
-            f"{name} does not convert here: give one of {', '.join(by_name)}. Another head's trunk converts after "
-            "loading the checkpoint with one of these."
+            f"{name} cannot be converted. Load the checkpoint with one of these classes, which drop another head: "
+            f"{', '.join(by_name)}."
         )
     model = source if isinstance(source, PreTrainedModel) else by_name[name].from_pretrained(source)
     return model, heads[by_name[name]]
 
 
-def _refuse(config: PreTrainedConfig, needs: dict[str, Any], remedy: str, also: Iterable[str] = ()) -> None:
-    values = {name: getattr(config, name) for name in needs}
-    obstacles = [f"{name}={value!r} (needs {needs[name]!r})" for name, value in values.items() if value != needs[name]]
+def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder or Hub name, or return None if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    # For a folder without tokenizer files, transformers returns an empty tokenizer of GPT-1's or GPT-2's class.
+    return tokenizer if tokenizer.vocab_size > 1 else None
+
+
+def num_model_ids(config: PreTrainedConfig) -> int:
+    """Return the number of token ids of a model, without the padding rows of a MiniGPT's embedding table."""
+    return getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+
+
+def _check_fields(config: PreTrainedConfig, required: dict[str, Any], remedy: str, also: Iterable[str] = ()) -> None:
+    """Raise a ValueError that lists the fields without the required value, the empty layers, and `also`."""
+    values = {name: getattr(config, name) for name in required}
+    obstacles = [
+        f"{name}={value!r} (needs {required[name]!r})" for name, value in values.items() if value != required[name]
+    ]
     obstacles += [
         f"{name}=0 (needs at least 1)"
         for name in ("num_hidden_layers", "intermediate_size")
@@ -428,45 +475,40 @@ def _refuse(config: PreTrainedConfig, needs: dict[str, Any], remedy: str, also: 
     ]
     obstacles += also
     if obstacles:
-        raise ValueError(f"No conversion for {config.model_type} with {', '.join(obstacles)}. {remedy}")
+        raise ValueError(f"Cannot convert a {config.model_type} with {', '.join(obstacles)}. {remedy}")
 
 
-def _carry(config: PreTrainedConfig, *more: str) -> dict[str, Any]:
-    return {name: copy.deepcopy(getattr(config, name)) for name in CARRIED_FIELDS + more}
-
-
-def _num_ids(config: PreTrainedConfig) -> int:
-    """How many ids are a token's; only MiniGPT's config tells them from the table's padding."""
-    return getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+def _copy_fields(config: PreTrainedConfig, *more: str) -> dict[str, Any]:
+    return {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS + more}
 
 
 def _minigpt_config(fields: dict[str, Any], overrides: dict[str, Any]) -> MiniGPTConfig:
     known = MiniGPTConfig.__dataclass_fields__.keys() | MiniGPTConfig.attribute_map.keys()
     unknown = overrides.keys() - known
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no field of MiniGPTConfig; its docstring lists them.")
+        raise ValueError(f"MiniGPTConfig has no field {', '.join(sorted(unknown))}. Its docstring lists the fields.")
     return MiniGPTConfig(**(fields | overrides))
 
 
-def _state(model: PreTrainedModel) -> State:
-    """The parameters, by the names that they have in the model without a head."""
+def _parameters(model: PreTrainedModel) -> State:
+    """Return the parameters, with the names of the model without a head."""
     prefix = model.base_model_prefix + "."
     return {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
 
 
-def _build(
+def _build_model(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     state: State,
     source: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """A model with copies of `state`, whose names are those of `_state`, and with the source's generation config."""
+    """Build a model from copies of parameters with the names of `_parameters`, and the source's generation config."""
     with no_init_weights():
         model = model_class(config)
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
     state = {name if name.startswith(HEAD_MODULES) else prefix + name: tensor for name, tensor in state.items()}
     expected = model.state_dict()
-    # A classifier's language-model head serves its training alone.
+    # Only a classifier's auxiliary language-model head may be left over.
     assert all(name.startswith("lm_head.") for name in state.keys() - expected.keys())
 
     example = next(iter(state.values()))
@@ -475,12 +517,12 @@ def _build(
         if name in state:
             copies[name] = state[name].detach().clone(memory_format=torch.contiguous_format)
         elif tensor.dim() == 1:
-            # What is not there does nothing: a bias of 0, a norm's weight of 1.
+            # A missing bias becomes 0, a missing norm weight 1.
             fill_value = float(name.endswith("weight"))
             copies[name] = torch.full_like(tensor, fill_value, dtype=example.dtype, device=example.device)
         elif name not in model.all_tied_weights_keys:
-            raise ValueError(f"The source has no parameters for {name}: drop the override that asks for it.")
-    # assign: each parameter comes in the source's dtype, while rotary frequencies stay in fp32.
+            raise ValueError(f"The source has no parameters for {name}. Remove the override that requires them.")
+    # assign=True keeps the source's dtype for parameters and fp32 for rotary frequencies.
     model.load_state_dict(copies, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = example.dtype
@@ -490,7 +532,7 @@ def _build(
 
 
 def _gpt_modules(num_layers: int, embeddings: tuple[str, str]) -> dict[str, list[str]]:
-    """Every module of a GPT-1, GPT-2 or nanoGPT, with the MiniGPT modules whose rows it stacks."""
+    """Map every module of a GPT-1, GPT-2 or nanoGPT to the MiniGPT modules that it concatenates."""
     modules = {embeddings[0]: ["embed_tokens"], embeddings[1]: ["embed_positions"]}
     for layer in range(num_layers):
         for theirs, ours in BLOCK_MODULES.items():
@@ -520,38 +562,38 @@ def _minigpt_to_gpt2(state: State, num_layers: int) -> State:
     return converted
 
 
-def _rename(state: State, modules: dict[str, str]) -> State:
+def _rename_modules(state: State, modules: dict[str, str]) -> State:
     for old, new in modules.items():
         state = {name.replace(old, new): tensor for name, tensor in state.items()}
     return state
 
 
-def _turn_round(state: State, head_dim: int) -> State:
-    """Swap the halves of each head in queries and keys, which turns their rotation round; twice changes nothing."""
-    turned = dict(state)
+def _swap_head_halves(state: State, head_dim: int) -> State:
+    """Swap the halves of each query and key head, which reverses the direction of their rotation."""
+    swapped = dict(state)
     for name, tensor in state.items():
         if "q_proj." in name or "k_proj." in name:
-            # (H, 2, D / 2), and C where it is a weight
-            turned[name] = tensor.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
-    return turned
+            # (H, 2, D / 2) for a bias, (H, 2, D / 2, C) for a weight
+            swapped[name] = tensor.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
+    return swapped
 
 
-def _cut_padding(state: State, config: PreTrainedConfig) -> State:
+def _remove_padding_rows(state: State, config: PreTrainedConfig) -> State:
     tables = ("embed_tokens.weight", "lm_head.weight")
-    return {name: tensor[: _num_ids(config)] if name in tables else tensor for name, tensor in state.items()}
+    return {name: tensor[: num_model_ids(config)] if name in tables else tensor for name, tensor in state.items()}
 
 
 def _read_nanogpt(source: PathOrName) -> tuple[dict[str, Any], State]:
     path = Path(source)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give nanoGPT's ckpt.pt or the folder that it is in.")
+        raise ValueError(f"{path}: no such file. Give nanoGPT's ckpt.pt or its folder.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise ValueError(
-            f"{path} has no entries 'model' and 'model_args': give a ckpt.pt that nanoGPT's train.py wrote."
+            f"{path} has no entries 'model' and 'model_args'. Give a ckpt.pt written by nanoGPT's train.py."
         )
-    # A compiled model's names begin with _orig_mod; without flash attention the causal mask is among them.
+    # Names of a compiled model start with _orig_mod. Without flash attention the state includes the causal mask.
     state = {
         name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
         for name, tensor in checkpoint["model"].items()
@@ -561,7 +603,7 @@ def _read_nanogpt(source: PathOrName) -> tuple[dict[str, Any], State]:
 
 
 def _nanogpt_fields(model_args: dict[str, Any]) -> dict[str, Any]:
-    """What MiniGPTConfig and GPT2Config read alike."""
+    """Return the fields that MiniGPTConfig and GPT2Config share."""
     dropout = model_args.get("dropout", 0.0)
     return {name: model_args[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
         "n_positions": model_args["block_size"],

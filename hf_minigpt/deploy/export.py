@@ -1,13 +1,13 @@
 """
-MiniGPT for runtimes that are not PyTorch's eager mode: an ONNX graph, a `torch.export` program, a GGUF file.
+Export a MiniGPT to an ONNX graph, a `torch.export` program or a GGUF file.
 
-The graph is one step of decoding, for ONNX and `torch.export` alike, with the names that ONNX exports of causal
-language models have (B rows, T tokens, P cached tokens, S = P + T, H heads, D head_dim, V vocabulary):
+ONNX and `torch.export` get one decoding step, with the usual names of ONNX exports of causal language models (B rows,
+T tokens, P cached tokens, S = P + T, H heads, D head_dim, V vocabulary):
 
-    input_ids (B, T) int64, attention_mask (B, S) int64 with 0 on padding on the left,
+    input_ids (B, T) int64, attention_mask (B, S) int64, 0 for left padding,
     past_key_values.N.key and .value (B, H, P, D)  ->  logits (B, T, V), present.N.key and .value (B, H, S, D)
 
-B, T and P vary from call to call; the first has P = 0.
+B, T and P are dynamic. The first step has P = 0.
 """
 
 import copy
@@ -27,12 +27,12 @@ from .conversion import to_gpt2
 
 Path = str | PathLike[str]
 Cached = list[tuple[torch.Tensor, torch.Tensor]]
-# input_ids, attention_mask, the cache -> logits, the cache
+# input_ids, attention_mask, cache -> logits, cache
 Step = Callable[[torch.Tensor, torch.Tensor, Cached], tuple[torch.Tensor, Cached]]
 
-# llama.cpp computes the tanh form
+# llama.cpp computes the tanh approximation.
 GGUF_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
-# GPT-2's names of a block's modules -> GGUF's
+# Module of a GPT-2 block -> GGUF name
 GGUF_BLOCK = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -50,7 +50,7 @@ GGUF_MODULES = {
 
 
 class DecodingStep(nn.Module):
-    """What is exported of a language model: tensors in, tensors out."""
+    """One decoding step of a language model, with tensors as inputs and outputs."""
 
     def __init__(self, model: MiniGPTForCausalLM):
         super().__init__()
@@ -62,7 +62,7 @@ class DecodingStep(nn.Module):
         past_length = past_key_values[0][0].shape[2] if past_key_values else 0
         keys = torch.arange(attention_mask.shape[1], device=input_ids.device)  # (S,)
         queries = torch.arange(input_ids.shape[1], device=input_ids.device) + past_length  # (T,)
-        # Padding attends to itself: a softmax over nothing would be NaN, and spread through the next layer's values.
+        # Padding attends to itself: the softmax of an empty row is NaN, which the next layer would spread.
         is_self = queries[:, None] == keys
         is_text = attention_mask.bool()[:, None, None, :]
         mask = (queries[:, None] >= keys) & (is_text | is_self)  # (B, 1, T, S)
@@ -80,23 +80,23 @@ class DecodingStep(nn.Module):
 
 
 def empty_cache(config: PreTrainedConfig, batch_size: int) -> Cached:
-    """The cache of the first step: P = 0."""
+    """Return the cache of the first step, with P = 0."""
     shape = (batch_size, config.num_attention_heads, 0, config.head_dim)
     return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
 
 
 def trace(model: MiniGPTForCausalLM) -> torch.export.ExportedProgram:
-    """`DecodingStep` as a graph in fp32, B, T and P left open."""
+    """Trace `DecodingStep` in fp32, with dynamic B, T and P."""
     if model.training or model.dtype != torch.float32:
         model = copy.deepcopy(model).float().eval()
     config: PreTrainedConfig = model.config
-    # sizes 0 and 1 would be taken for constants
+    # torch.export treats sizes of 0 and 1 as constants.
     num_rows, num_tokens, num_cached = 2, 3, 4
     shape = (num_rows, config.num_attention_heads, num_cached, config.head_dim)
     cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
     num_keys = num_tokens + (num_cached if cache else 0)
     batch, length, cached = (torch.export.Dim(name) for name in ("batch", "length", "cached"))
-    # without a layer nothing ties the mask's length to the tokens'
+    # Without layers, the mask's length does not depend on the tokens'.
     keys = torch.export.Dim.DYNAMIC if cache else length
     past = {0: batch, 2: cached}
     return torch.export.export(
@@ -107,17 +107,18 @@ def trace(model: MiniGPTForCausalLM) -> torch.export.ExportedProgram:
 
 
 def to_torch_export(model: MiniGPTForCausalLM, path: Path) -> None:
-    """Write a `.pt2` file, which `load_torch_export` or `torch.export.load` reads without this package."""
+    """Write a `.pt2` file, which `torch.export.load` reads without this package."""
     torch.export.save(trace(model), path)
 
 
 def load_torch_export(path: Path) -> Step:
-    # torch infers from a trace with at least two tokens and two cached ones that four keys are the fewest
+    """Load a `.pt2` file as a decoding step."""
+    # The guards require at least four keys, because the trace has at least two tokens and two cached tokens.
     return torch.export.load(path).module(check_guards=False)
 
 
 def to_onnx(model: MiniGPTForCausalLM, path: Path) -> None:
-    """Write an ONNX graph; weights beyond 2 GB go into a file beside it. Needs onnx and onnxscript."""
+    """Write an ONNX graph, with weights above 2 GB in a file next to it. Requires onnx and onnxscript."""
     layers = range(model.config.num_hidden_layers)
     program: Any = torch.onnx.export(
         trace(model),
@@ -126,7 +127,7 @@ def to_onnx(model: MiniGPTForCausalLM, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    # torch's names for the open sizes are s0 and the like
+    # torch names the dynamic sizes s0, s1, ...
     ids, *rest = program.model.graph.inputs
     names = {str(ids.shape[0]): "batch", str(ids.shape[1]): "length"}
     if len(rest) > 1:
@@ -136,7 +137,7 @@ def to_onnx(model: MiniGPTForCausalLM, path: Path) -> None:
 
 
 def load_onnx(path: Path) -> Step:
-    """The graph in onnxruntime, on the CPU."""
+    """Load an ONNX graph in onnxruntime, on the CPU, as a decoding step."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -161,16 +162,17 @@ def _layer_names(prefix: str, layer: int) -> list[str]:
 
 
 def to_gguf(model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, name: str = "MiniGPT") -> None:
-    """Write a file of llama.cpp's "gpt2" architecture, in fp32, with its tokenizer. Needs gguf.
+    """
+    Write a GGUF file of llama.cpp's "gpt2" architecture, in fp32, with its tokenizer. Requires gguf.
 
-    `llama-quantize` makes it smaller.
+    `llama-quantize` quantizes it.
 
     Raises:
-        ValueError: with the switches of the config, or the parts of the tokenizer, that llama.cpp's GPT-2 lacks.
+        ValueError: llama.cpp's GPT-2 cannot express the config or the tokenizer. The message names the fields.
     """
     gpt2 = to_gpt2(model).float()
-    _refuse_gguf(model.config, tokenizer)
-    # here, not above: an extra of this package
+    _check_gguf(model.config, tokenizer)
+    # Imported here because it is an optional dependency.
     import gguf
 
     config = gpt2.config
@@ -187,11 +189,11 @@ def to_gguf(model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path:
     for parameter, tensor in gpt2.state_dict().items():
         module, _, kind = parameter.rpartition(".")
         if module == "lm_head" and config.tie_word_embeddings:
-            # llama.cpp then takes the table
+            # llama.cpp then uses the embedding table.
             continue
         prefix, _, rest = module.removeprefix("transformer.h.").partition(".")
         gguf_module = GGUF_MODULES.get(module) or f"blk.{prefix}.{GGUF_BLOCK[rest]}"
-        # GPT-2's matrices are (in, out) in its blocks, GGUF's (out, in)
+        # Matrices of GPT-2's blocks are (in, out), those of GGUF (out, in).
         is_conv1d = kind == "weight" and module.startswith("transformer.h.") and tensor.dim() == 2
         matrix = tensor.t() if is_conv1d else tensor
         writer.add_tensor(f"{gguf_module}.{kind}", matrix.contiguous().numpy())
@@ -201,7 +203,7 @@ def to_gguf(model: MiniGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path:
     writer.close()
 
 
-def _refuse_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     obstacles = []
     if config.hidden_act not in GGUF_ACTIVATIONS:
         obstacles.append(f"hidden_act={config.hidden_act!r} (needs {' or '.join(map(repr, GGUF_ACTIVATIONS))})")
@@ -209,15 +211,15 @@ def _refuse_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -
         obstacles.append(f"attention_scaling={config.attention_scaling} (needs None)")
     if obstacles:
         raise ValueError(
-            f"llama.cpp's GPT-2 cannot express {', '.join(obstacles)}. Export to onnx or torch-export, which take "
+            f"llama.cpp's GPT-2 cannot express {', '.join(obstacles)}. Export to onnx or torch-export, which support "
             "every MiniGPT, or train from preset('gpt2')."
         )
     backend = tokenizer.backend_tokenizer
     if type(backend.model).__name__ != "BPE" or not splits_before_spaces(backend):
         raise ValueError(
-            f"The tokenizer is a {type(backend.model).__name__} with the pre-tokenizer {backend.pre_tokenizer}, and "
-            "llama.cpp's GPT-2 has GPT-2's byte-level BPE: export to onnx or torch-export, or train with the default "
-            "tokenizer."
+            f"The tokenizer is a {type(backend.model).__name__} with the pre-tokenizer {backend.pre_tokenizer}, but "
+            "llama.cpp's GPT-2 requires GPT-2's byte-level BPE. Export to onnx or torch-export, or train with the "
+            "default tokenizer."
         )
 
 
@@ -240,13 +242,13 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, vocab_size: 
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # older files of the tokenizers library have them as strings
+    # Older tokenizer files store merges as strings.
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    # llama.cpp then does what the tokenizer does by itself
+    # llama.cpp adds a beginning-of-text token if the tokenizer does.
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(False)
     if tokenizer.chat_template is not None:
@@ -254,10 +256,17 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, vocab_size: 
 
 
 def load_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, num_ids: int) -> Callable[[list[int]], torch.Tensor]:
-    """The file in llama.cpp, on the CPU: a prompt's ids -> log-probabilities (num_ids,) of the next token.
+    """
+    Load a GGUF file in llama.cpp, on the CPU. Requires xllamacpp.
 
-    Needs xllamacpp, a binding that comes compiled. llama.cpp reads its GELU from a table in half precision, so that
-    its figures are fp32's to within 1e-2.
+    llama.cpp looks GELU up in a half-precision table, so its results differ from fp32 by up to 1e-2.
+
+    Args:
+        tokenizer: the tokenizer in the file.
+        num_ids: number of token ids.
+
+    Returns:
+        A function from the ids of a prompt to the log-probabilities (num_ids,) of the next token.
     """
     import xllamacpp
 
@@ -265,7 +274,7 @@ def load_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, num_ids: int) -> C
     params.model.path = str(path)
     params.n_parallel = 1
     params.n_gpu_layers = 0
-    # its threads wait for one another by spinning
+    # llama.cpp's threads busy-wait for each other.
     params.cpuparams.n_threads = 1
     params.fit_params = False
     params.warmup = False
@@ -273,8 +282,8 @@ def load_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, num_ids: int) -> C
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
-    # A token that is part of a character would be kept back, with the probabilities: make it write a whole one. They
-    # are those before the bias.
+    # The server returns no probabilities for a token that is part of a character, so make it generate a letter. The
+    # returned probabilities are those without the bias.
     letter = tokenizer.convert_tokens_to_ids("a")
     request = {"max_tokens": 1, "temperature": 0, "n_probs": num_ids, "logit_bias": [[letter, 1e9]]}
 

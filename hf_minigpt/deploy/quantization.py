@@ -1,4 +1,4 @@
-"""Linear layers in int8, for text at a fraction of the memory traffic: torch's own fbgemm kernels, on x86 CPUs."""
+"""Quantize linear layers to int8 for faster generation on x86 CPUs, with torch's fbgemm kernels."""
 
 import warnings
 
@@ -11,10 +11,13 @@ from ..model.products_minigpt import is_plain_linear
 
 class Int8Linear(nn.Module):
     """
-    A linear layer with int8 weights, a scale each output, and inputs that are rounded as they come.
+    A linear layer with int8 weights, one scale per output, and dynamically quantized inputs.
 
-    (..., in_features) to (..., out_features), in float32. Eight bits of a weight are kept and seven of an input: the
-    product of two full bytes would overflow on processors without VNNI.
+    Maps (..., in_features) to (..., out_features), in float32. Weights have 8 bits and inputs 7: products of two 8-bit
+    numbers overflow on processors without VNNI.
+
+    Args:
+        linear: the layer to quantize.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -25,12 +28,12 @@ class Int8Linear(nn.Module):
         integers = (weight / scales[:, None]).round().to(torch.int8)
         zeros = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():
-            # The tensor class is to go; fbgemm's products, for which nothing else packs yet, are not.
+            # torch deprecates quantized tensors, but fbgemm's kernels have no other way to pack weights.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
             quantized = torch._make_per_channel_quantized_tensor(integers, scales, zeros, 0)
         bias = None if linear.bias is None else linear.bias.detach().float()
         engine = torch.backends.quantized.engine
-        # The default engine's kernel for one row takes three times as long.
+        # The default engine takes three times as long for one row.
         torch.backends.quantized.engine = "fbgemm"
         try:
             self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
@@ -45,36 +48,38 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         raise ValueError(
-            f"{prefix.rstrip('.')} is in int8 and cannot be saved: save the model before quantize_int8, which takes a "
-            "moment and can be repeated after loading."
+            f"{prefix.rstrip('.')} is in int8 and cannot be saved. Save the model before quantize_int8, and "
+            "quantize it again after loading."
         )
 
 
 def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Replace every linear layer, the head too, by int8, in place; for generation on an x86 CPU.
+    Quantize every linear layer, including the head, to int8 in place, for generation on an x86 CPU.
 
-    The embedding stays in float32, also where the head shared its table. The model can neither be trained nor saved
-    afterwards.
+    The embedding stays in float32, also if it was tied to the head. The model can no longer be trained or saved.
 
     Args:
-        model: a MiniGPT in float32 on the CPU.
+        model: a MiniGPT in float32 on the CPU, in evaluation mode.
+
+    Returns:
+        `model`.
 
     Raises:
-        ValueError: the model is elsewhere, in training, in another precision, has adapters on, or torch has no fbgemm.
+        ValueError: the model has another device, dtype or mode, has adapters or hooks, or torch has no fbgemm.
     """
     if "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ValueError("This torch has no fbgemm kernels (they are for x86): generate in float32 or bfloat16.")
+        raise ValueError("torch has no fbgemm kernels here, they need an x86 CPU. Generate in float32 or bfloat16.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
-            f"The model is {model.dtype} on {model.device}: move it with .to('cpu', torch.float32) first."
+            f"The model is {model.dtype} on {model.device}. Move it with .to('cpu', torch.float32) first."
         )
     if model.training:
-        raise ValueError("The model is in training mode: int8 is for generation, call .eval() first.")
+        raise ValueError("The model is in training mode, but int8 is for generation: call .eval() first.")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, linear in linears.items():
         if not is_plain_linear(linear):
-            raise ValueError(f"{name} is more than a linear layer: merge adapters and remove hooks first.")
+            raise ValueError(f"{name} is more than a linear layer. Merge adapters and remove hooks first.")
     for name, linear in linears.items():
         model.set_submodule(name, Int8Linear(linear))
     return model.requires_grad_(False)

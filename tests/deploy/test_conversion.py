@@ -1,8 +1,6 @@
+"""Converted models compute the same logits, and converting back returns the same bits."""
+
 import json
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,10 +40,10 @@ from hf_minigpt.deploy.conversion import (
     to_gpt2,
     to_nanochat,
 )
+from hf_minigpt.recipes import convert
 from tests.tiny import random_ids, shake, tiny_model
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "convert.py"
 VOCAB_SIZE = 67
 PAD = 0
 TEXT = random_ids(2, 20, vocab_size=VOCAB_SIZE - 1) + 1  # no padding token
@@ -131,7 +129,7 @@ NANOCHAT_VARIANTS = {
 
 @pytest.mark.parametrize(("model_class", "head"), list(zip(GPT2_CLASSES, HEADS, strict=True)))
 @pytest.mark.parametrize("variant", GPT2_VARIANTS)
-def test_gpt2(model_class, head, variant):
+def test_gpt2_converts_both_ways(model_class, head, variant):
     source = gpt2(model_class, **GPT2_VARIANTS[variant])
     model = from_gpt2(source)
     assert type(model) is head and not model.training
@@ -150,7 +148,7 @@ def test_gpt2(model_class, head, variant):
     [{}, {"afn": "relu"}, {"afn": "swish"}, {"layer_norm_epsilon": 0.1}, {"tie_word_embeddings": False}],
     ids=str,
 )
-def test_gpt1(model_class, head, fields):
+def test_gpt1_converts(model_class, head, fields):
     source = gpt1(model_class, **fields)
     model = from_gpt1(source)
     assert type(model) is head and not model.training
@@ -163,7 +161,7 @@ def test_gpt1(model_class, head, fields):
     ("model_class", "head"), [(NanoChatForCausalLM, MiniGPTForCausalLM), (NanoChatModel, MiniGPTModel)]
 )
 @pytest.mark.parametrize("variant", NANOCHAT_VARIANTS)
-def test_nanochat(model_class, head, variant):
+def test_nanochat_converts_both_ways(model_class, head, variant):
     source = nanochat(model_class, **NANOCHAT_VARIANTS[variant])
     model = from_nanochat(source)
     assert type(model) is head and not model.training
@@ -181,7 +179,7 @@ def test_nanochat(model_class, head, variant):
     [(gpt2, from_gpt2), (gpt1, from_gpt1), (nanochat, from_nanochat)],
     ids=["gpt2", "gpt1", "nanochat"],
 )
-def test_greedy_text_and_generation_config(source, convert):
+def test_greedy_text_and_generation_config_are_the_same(source, convert):
     source = source()
     source.generation_config.update(top_k=7, eos_token_id=66)
     model = convert(source)
@@ -191,7 +189,7 @@ def test_greedy_text_and_generation_config(source, convert):
 
 
 @pytest.mark.parametrize("head", ["language model", "classifier"])
-def test_gpt2_padding_and_token_types(head):
+def test_gpt2_with_padding_and_token_types(head):
     source = gpt2(GPT2LMHeadModel if head == "language model" else GPT2ForSequenceClassification)
     model = from_gpt2(source)
     input_ids, mask = TEXT.clone(), torch.ones_like(TEXT)
@@ -203,7 +201,7 @@ def test_gpt2_padding_and_token_types(head):
         expected, got = expected[mask.bool()], got[mask.bool()]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
-    # On the left GPT-2 counts the padding unless told the positions, which MiniGPT finds for itself.
+    # With left padding, GPT-2 needs position ids, and MiniGPT computes them from the mask.
     input_ids, mask = TEXT.clone(), torch.ones_like(TEXT)
     input_ids[1, :7], mask[1, :7] = PAD, 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -215,7 +213,7 @@ def test_gpt2_padding_and_token_types(head):
 
 
 @pytest.mark.parametrize("model_class", [OpenAIGPTLMHeadModel, OpenAIGPTForSequenceClassification])
-def test_gpt1_padding_and_token_types(model_class):
+def test_gpt1_with_padding_and_token_types(model_class):
     source = gpt1(model_class)
     model = from_gpt1(source)
     input_ids, mask = TEXT.clone(), torch.ones_like(TEXT)
@@ -238,9 +236,9 @@ def test_gpt1_padding_and_token_types(model_class):
         (gpt1, from_gpt1, None),
         (nanochat, from_nanochat, to_nanochat),
     ],
-    ids=["gpt2", "gpt2-classifier", "gpt2-untied", "gpt2-trunk", "gpt1", "nanochat"],
+    ids=["gpt2", "gpt2-classifier", "gpt2-untied", "gpt2-no-head", "gpt1", "nanochat"],
 )
-def test_folders_both_ways(source, convert, back, tmp_path):
+def test_folders_convert_both_ways(source, convert, back, tmp_path):
     source = source()
     source.save_pretrained(tmp_path / "source")
     model = convert(str(tmp_path / "source"))
@@ -257,8 +255,8 @@ def test_folders_both_ways(source, convert, back, tmp_path):
         assert torch.equal(answer(returned), answer(source))
 
 
-def test_a_folder_with_unprefixed_names_and_no_architecture(tmp_path):
-    """As OpenAI's weights lie on the Hub: no `transformer.` in the names, the causal masks among them, no head."""
+def test_a_folder_without_prefixes_and_architecture_converts(tmp_path):
+    """The format of OpenAI's weights on the Hub: names without `transformer.`, causal masks, no head."""
     source = gpt2()
     source.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -272,7 +270,7 @@ def test_a_folder_with_unprefixed_names_and_no_architecture(tmp_path):
     torch.testing.assert_close(answer(model), answer(source), atol=1e-5, rtol=0)
 
 
-def test_labels_token_ids_and_dtype_are_carried():
+def test_labels_token_ids_and_dtype_are_kept():
     source = gpt2(GPT2ForSequenceClassification, eos_token_id=[2, 5], resid_pdrop=0.3, use_cache=False).to(
         torch.bfloat16
     )
@@ -290,7 +288,7 @@ def test_labels_token_ids_and_dtype_are_carried():
     assert {k: v for k, v in mine.items() if k not in ours} == {k: v for k, v in others.items() if k not in ours}
 
 
-def test_half_precision_keeps_rotary_frequencies():
+def test_half_precision_keeps_rotary_frequencies_in_fp32():
     source = nanochat().to(torch.bfloat16)
     model = from_nanochat(source)
     assert model.dtype == torch.bfloat16
@@ -298,7 +296,7 @@ def test_half_precision_keeps_rotary_frequencies():
     assert_same_parameters(to_nanochat(model), source)
 
 
-def test_nothing_is_shared_with_the_source():
+def test_the_result_shares_no_memory_with_the_source():
     source = gpt2()
     model = from_gpt2(source)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
@@ -310,7 +308,7 @@ def test_nothing_is_shared_with_the_source():
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
-def test_overrides():
+def test_overrides_replace_converted_fields():
     model = from_gpt2(gpt2(), n_inner=None, attn_pdrop=0.4, unpadded_vocab_size=60)
     assert (model.config.attn_pdrop, model.config.unpadded_vocab_size) == (0.4, 60)
     assert compare_logits(model, gpt2()) < 1e-5
@@ -320,7 +318,7 @@ def test_overrides():
         from_gpt2(gpt2(), num_hidden_layers=3)
 
 
-def test_the_gpt2_preset_is_what_gpt2s_config_converts_to():
+def test_the_gpt2_preset_equals_a_converted_gpt2_config():
     sizes = {"n_layer": 2, "n_embd": 24, "n_head": 3, "n_positions": 32, "vocab_size": 67}
     converted = from_gpt2(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))).config.to_dict()
     expected = preset("gpt2", **sizes).to_dict()
@@ -376,14 +374,14 @@ def test_the_gpt2_preset_is_what_gpt2s_config_converts_to():
         ),
     ],
 )
-def test_refusals_name_the_switch(convert, source, words):
+def test_unsupported_fields_are_named(convert, source, words):
     with pytest.raises(ValueError) as error:
         convert(source())
     for word in words:
         assert word in str(error.value)
 
 
-def test_a_classifiers_auxiliary_head_is_left_behind_once_its_weight_is_0():
+def test_an_auxiliary_head_of_weight_0_is_dropped():
     model = tiny_model(model_class=MiniGPTForSequenceClassification, auxiliary_lm_weight=0.5, pad_token_id=PAD)
     model.config.auxiliary_lm_weight = 0.0
     torch.testing.assert_close(answer(to_gpt2(model)), answer(model), atol=1e-5, rtol=0)
@@ -400,7 +398,7 @@ def test_a_classifiers_auxiliary_head_is_left_behind_once_its_weight_is_0():
     ],
     ids=str,
 )
-def test_to_gpt2_fills_and_cuts(fields):
+def test_to_gpt2_fills_missing_parameters_and_removes_padding_rows(fields):
     model = tiny_model(**fields)
     gpt2_model = to_gpt2(model)
     assert gpt2_model.config.vocab_size == VOCAB_SIZE
@@ -408,7 +406,7 @@ def test_to_gpt2_fills_and_cuts(fields):
     assert compare_logits(model, gpt2_model) < 1e-5
 
 
-def test_to_nanochat_fills_and_cuts():
+def test_to_nanochat_fills_missing_parameters_and_removes_padding_rows():
     model = tiny_model("modern", qkv_bias=True)
     converted = to_nanochat(model)
     assert converted.config.vocab_size == VOCAB_SIZE and converted.config.attention_bias
@@ -416,7 +414,7 @@ def test_to_nanochat_fills_and_cuts():
     assert torch.equal(greedy(converted), greedy(model))
 
 
-def test_compare_logits_sees_a_difference():
+def test_compare_logits_detects_a_difference():
     source = gpt2()
     model = from_gpt2(source).train()
     assert compare_logits(source, model) < 1e-5
@@ -429,14 +427,14 @@ def test_compare_logits_sees_a_difference():
     assert not compare_logits(source, model) < 1
 
 
-def test_compare_logits_draws_no_padding():
-    """A GPT-2 classifier takes any row's trailing padding ids for padding, MiniGPT those that the mask names."""
+def test_compare_logits_does_not_draw_padding_ids():
+    """A GPT-2 classifier treats trailing padding ids as padding, MiniGPT only masked positions."""
     source = gpt2(GPT2ForSequenceClassification, vocab_size=3)
     assert compare_logits(source, from_gpt2(source), num_rows=20) < 1e-5
 
 
 class TinyNanoGPT(nn.Module):
-    """nanoGPT's arithmetic under nanoGPT's names, head by head."""
+    """nanoGPT's computation with nanoGPT's parameter names, head by head."""
 
     def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout):
         super().__init__()
@@ -494,7 +492,7 @@ def save_nanogpt(folder, bias=True, prefix="", masks=False, vocab_size=72):
 @pytest.mark.parametrize(
     "variant", [{}, {"bias": False}, {"prefix": "_orig_mod."}, {"masks": True, "prefix": "_orig_mod."}], ids=str
 )
-def test_nanogpt(variant, tmp_path):
+def test_nanogpt_converts(variant, tmp_path):
     reference = save_nanogpt(tmp_path, **variant)
     with torch.no_grad():
         expected = reference(TEXT)
@@ -514,7 +512,7 @@ def test_nanogpt(variant, tmp_path):
     assert masked.config.eos_token_id == 66
 
 
-def test_nanogpt_refusals(tmp_path):
+def test_files_that_are_not_nanogpt_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"ckpt\.pt: no such file"):
         from_nanogpt(tmp_path)
     torch.save({"weights": {}}, tmp_path / "ckpt.pt")
@@ -522,7 +520,7 @@ def test_nanogpt_refusals(tmp_path):
         from_nanogpt(tmp_path)
 
 
-def test_detect_layout(tmp_path):
+def test_detect_layout_of_every_format(tmp_path):
     for name, model in {"gpt2": gpt2(), "gpt1": gpt1(), "nanochat": nanochat(), "minigpt": tiny_model()}.items():
         model.config.save_pretrained(tmp_path / name)
         assert detect_layout(tmp_path / name) == name
@@ -540,16 +538,11 @@ def word_tokenizer(size=VOCAB_SIZE):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, arguments)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
-
-    return run
+def run_recipe(*arguments):
+    convert.main([str(argument) for argument in arguments])
 
 
-def test_recipe_gpt1_with_its_tokenizer(tmp_path, recipe, capsys):
+def test_recipe_converts_gpt1_with_its_tokenizer(tmp_path, capsys):
     tokens = ["<unk>", "t", "h", "e", "e</w>", "c", "a", "t</w>", "th", "the</w>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = OpenAIGPTTokenizer(vocab=vocabulary, merges=[("t", "h"), ("th", "e</w>")])
@@ -559,10 +552,9 @@ def test_recipe_gpt1_with_its_tokenizer(tmp_path, recipe, capsys):
     source.save_pretrained(tmp_path / "gpt1")
     tokenizer.save_pretrained(tmp_path / "gpt1")
 
-    command = [sys.executable, str(RECIPE), tmp_path / "gpt1", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "OpenAIGPTLMHeadModel -> MiniGPTForCausalLM: largest difference of the logits" in result.stdout
+    run_recipe(tmp_path / "gpt1", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "OpenAIGPTLMHeadModel -> MiniGPTForCausalLM: largest difference of the logits" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model) is MiniGPTForCausalLM
     torch.testing.assert_close(answer(model), answer(source), atol=1e-5, rtol=0)
@@ -571,18 +563,18 @@ def test_recipe_gpt1_with_its_tokenizer(tmp_path, recipe, capsys):
     assert reloaded.decode([9, 5, 6, 7]) == tokenizer.decode([9, 5, 6, 7]) == "the cat"
 
     with pytest.raises(SystemExit):
-        recipe(tmp_path / "gpt1", tmp_path / "out")
+        run_recipe(tmp_path / "gpt1", tmp_path / "out")
     assert "is not empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        recipe(tmp_path / "out", tmp_path / "again")
-    assert "is a MiniGPT already" in capsys.readouterr().err
+        run_recipe(tmp_path / "out", tmp_path / "again")
+    assert "is already a MiniGPT" in capsys.readouterr().err
 
 
-def test_recipe_nanogpt_with_a_tokenizer(tmp_path, recipe):
+def test_recipe_converts_nanogpt_with_a_tokenizer(tmp_path):
     reference = save_nanogpt(tmp_path / "nanogpt")
     word_tokenizer().save_pretrained(tmp_path / "tokenizer")
     checkpoint = tmp_path / "nanogpt" / "ckpt.pt"
-    recipe(checkpoint, "--from", "nanogpt", "--tokenizer", tmp_path / "tokenizer", tmp_path / "out")
+    run_recipe(checkpoint, "--from", "nanogpt", "--tokenizer", tmp_path / "tokenizer", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.unpadded_vocab_size, model.config.eos_token_id) == (VOCAB_SIZE, 1)
     with torch.no_grad():
@@ -590,9 +582,9 @@ def test_recipe_nanogpt_with_a_tokenizer(tmp_path, recipe):
     torch.testing.assert_close(answer(model)[..., :VOCAB_SIZE], expected, atol=1e-5, rtol=0)
 
 
-def test_recipe_nanogpt_without_a_tokenizer(tmp_path, recipe, capsys):
+def test_recipe_converts_nanogpt_without_a_tokenizer(tmp_path, capsys):
     reference = save_nanogpt(tmp_path / "nanogpt", bias=False)
-    recipe(tmp_path / "nanogpt" / "ckpt.pt", tmp_path / "out")
+    run_recipe(tmp_path / "nanogpt" / "ckpt.pt", tmp_path / "out")
     assert "No tokenizer found" in capsys.readouterr().out
     with torch.no_grad():
         expected = reference(TEXT)
@@ -600,10 +592,10 @@ def test_recipe_nanogpt_without_a_tokenizer(tmp_path, recipe, capsys):
     torch.testing.assert_close(answer(exported), expected, atol=1e-5, rtol=0)
 
 
-def test_recipe_classifier_without_a_tokenizer_and_with_a_wrong_one(tmp_path, recipe, capsys):
+def test_recipe_converts_a_classifier_and_checks_the_tokenizer(tmp_path, capsys):
     source = gpt2(GPT2ForSequenceClassification)
     source.save_pretrained(tmp_path / "gpt2")
-    recipe(tmp_path / "gpt2", tmp_path / "out")
+    run_recipe(tmp_path / "gpt2", tmp_path / "out")
     assert "No tokenizer found" in capsys.readouterr().out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == LABELS["id2label"]
@@ -611,13 +603,13 @@ def test_recipe_classifier_without_a_tokenizer_and_with_a_wrong_one(tmp_path, re
 
     word_tokenizer(size=80).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="80 ids"):
-        recipe(tmp_path / "gpt2", "--tokenizer", tmp_path / "tokenizer", tmp_path / "wrong")
+        run_recipe(tmp_path / "gpt2", "--tokenizer", tmp_path / "tokenizer", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
-def test_recipe_writes_nothing_that_differs(tmp_path, recipe, monkeypatch):
+def test_recipe_writes_nothing_if_logits_differ(tmp_path, monkeypatch):
     gpt2().save_pretrained(tmp_path / "gpt2")
     monkeypatch.setattr("hf_minigpt.deploy.conversion.compare_logits", lambda one, other: float("nan"))
     with pytest.raises(RuntimeError, match="more than rounding"):
-        recipe(tmp_path / "gpt2", tmp_path / "out")
+        run_recipe(tmp_path / "gpt2", tmp_path / "out")
     assert not (tmp_path / "out").exists()

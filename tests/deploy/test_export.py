@@ -1,9 +1,8 @@
-"""Each export runs in its own runtime, and says there what the model says."""
+"""An exported model computes the same logits in its own runtime."""
 
 import copy
 import math
 
-import export
 import gguf
 import numpy as np
 import onnxruntime
@@ -13,6 +12,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.recipes import export
 from hf_minigpt.tokenization import train_character_tokenizer, train_tokenizer
 from tests.tiny import tiny_model
 
@@ -27,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture
 def save(tmp_path, tokenizer):
-    """Saves a tiny model of these switches, with the tokenizer, and returns it."""
+    """A function that saves a tiny model and its tokenizer, and returns the model."""
 
     def save(name="gpt2", tokenizer=tokenizer, **fields):
         size = {"vocab_size": len(tokenizer), "unpadded_vocab_size": None, "bos_token_id": 0, "eos_token_id": 0}
@@ -50,7 +50,7 @@ def greedy(model, ids: list[int], num_new: int) -> list[int]:
     return model.generate(torch.tensor([ids]), max_new_tokens=num_new, do_sample=False, eos_token_id=-1)[0].tolist()
 
 
-def test_stock_classes(save, tmp_path, tokenizer):
+def test_transformers_classes_generate_the_same_text(save, tmp_path, tokenizer):
     for name, to in (("gpt2", "gpt2"), ("modern", "nanochat")):
         model = save(name)
         exported = AutoModelForCausalLM.from_pretrained(run(tmp_path, to))
@@ -60,7 +60,7 @@ def test_stock_classes(save, tmp_path, tokenizer):
         (tmp_path / "out").rename(tmp_path / to)
 
 
-def test_a_classifier_as_gpt2(tmp_path):
+def test_a_classifier_exports_to_gpt2(tmp_path):
     model = tiny_model(model_class=MiniGPTForSequenceClassification, pad_token_id=1, num_labels=3)
     model.save_pretrained(tmp_path / "model")
     exported = AutoModelForSequenceClassification.from_pretrained(run(tmp_path, "gpt2"))
@@ -70,7 +70,7 @@ def test_a_classifier_as_gpt2(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gpt1", "transformer", "modern", "no_positions", "bigram"])
-def test_torch_export(save, tmp_path, name):
+def test_torch_export_computes_the_same_logits(save, tmp_path, name):
     fields = {"hidden_size": 320, "vocab_size": 320} if name == "bigram" else {}
     model = save(name, **fields)
     program = torch.export.load(run(tmp_path, "torch-export") / "model.pt2").module(check_guards=False)
@@ -79,7 +79,7 @@ def test_torch_export(save, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_onnx(save, tmp_path, name):
+def test_onnx_computes_the_same_logits(save, tmp_path, name):
     model = save(name, vocab_size=320, unpadded_vocab_size=300)
     path = run(tmp_path, "onnx") / "model.onnx"
     session = onnxruntime.InferenceSession(path)
@@ -99,7 +99,7 @@ def test_onnx(save, tmp_path, name):
 
 @torch.no_grad()
 def check_graph(model, step):
-    """Lengths from one token on, in one go and in pieces, padded on the left or not: the model's logits."""
+    """The logits are the model's, for several lengths, in one call or several, with and without left padding."""
     config = model.config
     num_ids = config.unpadded_vocab_size or config.vocab_size
     heads, width, num_layers = config.num_attention_heads, config.head_dim, config.num_hidden_layers
@@ -131,7 +131,7 @@ def layer_norm(x, tensors, name):
 
 
 def gpt2_graph(tensors: dict[str, np.ndarray], ids: list[int], num_layers: int, num_heads: int) -> np.ndarray:
-    """llama.cpp's graph of architecture gpt2, by numpy in float64: logits (T, V)."""
+    """The logits (T, V) of llama.cpp's architecture gpt2, computed by numpy in float64."""
 
     def linear(x, name):
         return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
@@ -152,7 +152,7 @@ def gpt2_graph(tensors: dict[str, np.ndarray], ids: list[int], num_layers: int, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_gguf_by_hand_and_in_llama_cpp(save, tmp_path, tokenizer, tied):
+def test_gguf_computes_the_same_logits_in_numpy_and_llama_cpp(save, tmp_path, tokenizer, tied):
     num_ids = len(tokenizer)
     fields = {"attention_out_bias": False, "intermediate_size": 40, "tie_word_embeddings": tied}
     model = save(vocab_size=num_ids + 9, unpadded_vocab_size=num_ids, **fields)
@@ -172,7 +172,7 @@ def test_gguf_by_hand_and_in_llama_cpp(save, tmp_path, tokenizer, tied):
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, begins):
+def test_llama_cpp_tokenizes_like_the_tokenizer(save, tmp_path, tokenizer, begins):
     import xllamacpp
 
     tokenizer = copy.deepcopy(tokenizer)
@@ -190,7 +190,7 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, b
     text = "Once upon a time, the miller's 11 mills \n\n\tleft élan."
     request = {"prompt": text, "max_tokens": 1, "n_probs": len(tokenizer), "logit_bias": [[letter, 1e9]]}
     answer = server.handle_completions(request)
-    # end-of-text first only where the tokenizer puts it there
+    # The first token is end-of-text only if the tokenizer adds it.
     ids = tokenizer(text).input_ids
     assert (ids[0] == 0) is begins
     field = gguf.GGUFReader(tmp_path / "out/model.gguf").fields["tokenizer.ggml.add_bos_token"]
@@ -215,20 +215,20 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(save, tmp_path, tokenizer, b
         ("nanochat", {}, "norm_type='layernorm'"),
     ],
 )
-def test_what_a_target_cannot_express_is_named(save, tmp_path, to, fields, named):
+def test_unsupported_fields_are_named(save, tmp_path, to, fields, named):
     save(**fields)
     with pytest.raises(ValueError, match=named):
         export.main([str(tmp_path / "model"), str(tmp_path / "out"), "--to", to])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_gguf_wants_a_byte_level_tokenizer(save, tmp_path):
+def test_gguf_requires_a_byte_level_tokenizer(save, tmp_path):
     save(tokenizer=train_character_tokenizer(TEXTS, model_max_length=64))
     with pytest.raises(ValueError, match="byte-level BPE"):
         run(tmp_path, "gguf")
 
 
-def test_another_project_s_checkpoint_is_sent_to_convert(save, tmp_path, capsys):
+def test_other_checkpoints_must_be_converted_first(save, tmp_path, capsys):
     save()
     run(tmp_path, "gpt2").rename(tmp_path / "gpt2")
     with pytest.raises(SystemExit):
@@ -236,7 +236,7 @@ def test_another_project_s_checkpoint_is_sent_to_convert(save, tmp_path, capsys)
     assert "recipes/convert.py" in capsys.readouterr().err
 
 
-def test_nothing_is_left_of_an_export_that_differs(save, tmp_path, monkeypatch):
+def test_an_export_with_different_logits_is_deleted(save, tmp_path, monkeypatch):
     save()
     monkeypatch.setattr("hf_minigpt.deploy.conversion.compare_logits", lambda *models: float("nan"))
     with pytest.raises(RuntimeError, match="more than rounding"):

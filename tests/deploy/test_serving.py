@@ -1,16 +1,19 @@
-"""`python -m hf_minigpt serve`, asked by the openai client over loopback."""
+"""`hf-minigpt serve`, with requests of the openai client."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import GenerationConfig
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
@@ -19,6 +22,7 @@ from tests.model.test_generation import tiny_tokenizer
 from tests.tiny import tiny_model
 
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'tool' %}{{ raise_exception('the role tool is unknown') }}{% endif %}"
@@ -30,13 +34,13 @@ MESSAGES = [{"role": "user", "content": "the cat sat"}]
 SIZE, CONTEXT = 28, 64
 
 
-def test_a_text_ends_where_the_context_does():
+def test_generation_stops_at_the_end_of_the_context():
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
     for prompt, asked, expected in ((3, 1024, 6), (3, 2, 2), (8, None, 1), (1, None, 8)):
         config = GenerationConfig(max_new_tokens=asked)
         fit_into_context(config, model, prompt)
         assert config.max_new_tokens == expected
-    with pytest.raises(ValueError, match="9 tokens, the model's context 8"):
+    with pytest.raises(ValueError, match="9 tokens exceeds the model's context of 8"):
         fit_into_context(GenerationConfig(), model, 9)
     with pytest.raises(ValueError, match="prompt is empty"):
         fit_into_context(GenerationConfig(), model, 0)
@@ -54,13 +58,13 @@ MISTAKES = [
     ({"messages": [HELLO, {"role": "miller", "content": "x"}]}, r'messages\[1\].role="miller" must be one of'),
     ({"messages": [{"content": "x"}]}, r"messages\[0\].role=null must be one of"),
     ({"messages": [{"role": "user", "content": "a \ud83d"}]}, r"messages\[0\].content has U\+D83D, half of"),
-    ({"messages": [HELLO], "max_tokens": "many"}, 'max_tokens="many" is no number'),
+    ({"messages": [HELLO], "max_tokens": "many"}, 'max_tokens="many" must be a number'),
     ({"messages": [HELLO], "max_tokens": 0}, "max_tokens=0 must be at least 1"),
 ]
 
 
 @pytest.mark.parametrize(("body", "message"), MISTAKES[1:])
-def test_a_client_s_mistake_is_named(body, message):
+def test_a_wrong_request_is_named(body, message):
     with pytest.raises(ValueError, match=message) as error:
         check_request(body)
     str(error.value).encode()
@@ -68,7 +72,7 @@ def test_a_client_s_mistake_is_named(body, message):
         check_request({"prompt": "a \ud83d"})
 
 
-def test_a_developer_is_the_system():
+def test_the_role_developer_becomes_system():
     body = {"messages": [{"role": "developer", "content": "Be short."}, HELLO]}
     check_request(body)
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
@@ -76,8 +80,17 @@ def test_a_developer_is_the_system():
     check_request({"input": [{"type": "input_text", "text": "hello"}]})
 
 
+def test_workarounds_are_deleted_with_the_versions_that_need_them():
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lower_bounds = dict(re.findall(r"(\w+)>=([\d.]+)", " ".join(requirements)))
+    for path in (ROOT / "hf_minigpt").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for package, fixed in re.findall(r"Delete this when (\w+)>=([\d.]*\d) is required", text):
+            assert Version(lower_bounds[package]) < Version(fixed), f"{path}: delete the code for {package}<{fixed}"
+
+
 def post(url: str, body) -> tuple[int, str]:
-    """Status and what OpenAI's clients show; the client itself would refuse to send some of this."""
+    """Return the status and the error message, also for requests that OpenAI's client does not send."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=120) as reply:
@@ -87,7 +100,7 @@ def post(url: str, body) -> tuple[int, str]:
 
 
 def start(*flags: str) -> tuple[subprocess.Popen, str]:
-    """A server on a free port, and its address."""
+    """Start a server on a free port, and return it with its address."""
     server = subprocess.Popen(
         [sys.executable, "-m", "hf_minigpt", "serve", *flags, "--port", "0", "--host", "127.0.0.1", "--device", "cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -110,11 +123,11 @@ def stop(server: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A model with learned positions, which has no place for a token beyond them, with and without chat template."""
+    """A model with learned positions, saved with and without a chat template."""
     folder = tmp_path_factory.mktemp("serving")
     tokenizer = tiny_tokenizer()
     model = tiny_model("gpt2", vocab_size=SIZE, eos_token_id=0, bos_token_id=0, pad_token_id=0)
-    # no end of text, so that texts are long
+    # Without an end-of-text token, texts are as long as allowed.
     model.generation_config.eos_token_id = None
     for name, template in (("plain", None), ("chat", TEMPLATE)):
         tokenizer.chat_template = template
@@ -139,7 +152,7 @@ def test_openai_client(checkpoints, batching):
     prompt = checkpoints.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert prompt == "<|endoftext|>user says the cat sat<|endoftext|>"
     chat_text = expected_text(checkpoints, prompt, 12)
-    # without a model, requests say which; with one it is loaded at the start
+    # Without a model on the command line, each request names one.
     flags = [chat] if batching == "plain" else ["--continuous-batching", "--cb-num-blocks", "32"]
     server, url = start(*flags)
     try:
@@ -154,7 +167,7 @@ def test_openai_client(checkpoints, batching):
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == chat_text
 
-        # as long as the context lets it be, where the client says nothing
+        # Without max_tokens, generation stops at the end of the context.
         written = client.completions.create(model=chat, prompt="the cat", temperature=0)
         assert written.choices[0].text == expected_text(checkpoints, "the cat", CONTEXT + 1 - 7)
         assert written.choices[0].finish_reason == "length"
@@ -166,15 +179,16 @@ def test_openai_client(checkpoints, batching):
         )
         assert response.output_text == chat_text
 
-        with pytest.raises(openai.BadRequestError, match=r"66 tokens, the model's context 64"):
+        with pytest.raises(openai.BadRequestError, match=r"66 tokens exceeds the model's context of 64"):
             client.completions.create(model=chat, prompt="cat" * 22)
-        with pytest.raises(openai.BadRequestError, match=r"66 tokens, the model's context 64"):
+        with pytest.raises(openai.BadRequestError, match=r"66 tokens exceeds the model's context of 64"):
             client.completions.create(model=chat, prompt="cat" * 22, stream=True)
         chat_url = f"{url}/v1/chat/completions"
         for body, message in MISTAKES:
             status, answer = post(chat_url, {"model": chat} | body)
             assert status == 400 and re.search(message, answer), (body, answer)
-        assert post(chat_url, {"model": chat}) == (400, "messages is missing: give what the model is to answer.")
+        message = "messages is missing. Set it to the text that the model answers."
+        assert post(chat_url, {"model": chat}) == (400, message)
         assert post(chat_url, ["hi"])[0] == 400
         assert post(f"{url}/v1/responses", {"model": chat})[0] == 400
         status, answer = post(chat_url, {"model": chat, "messages": [{"role": "tool", "content": "x"}]})
@@ -197,12 +211,12 @@ def test_openai_client(checkpoints, batching):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_said_at_the_start(tmp_path):
+def test_a_classifier_is_not_served(tmp_path):
     tiny_model("gpt2", model_class=MiniGPTForSequenceClassification, vocab_size=SIZE, pad_token_id=0).save_pretrained(
         tmp_path
     )
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match="MiniGPTForSequenceClassification, which writes no text"):
+    with pytest.raises(AssertionError, match="MiniGPTForSequenceClassification, which cannot generate text"):
         start(str(tmp_path))
 
 

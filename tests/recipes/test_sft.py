@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import chat
-import pretrain
 import pytest
 import sft
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.instructions.data import load_records, to_conversations
+from hf_minigpt.recipes import pretrain
 from hf_minigpt.tokenization import check_tokenizer_fits
 
 
