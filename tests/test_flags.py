@@ -18,9 +18,11 @@ from hf_minigpt.classification.arguments import (
 )
 from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, conditions, number
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.pretraining.ladder import LadderArguments
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments, parse
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.lora import LoraArguments
+from hf_minigpt.training.parsing import parse
 
 
 JOBS = {
@@ -220,7 +222,9 @@ def test_best_is_lowest_where_lower_is_better(job, metric, greater):
 def test_a_tracker_must_be_installed(monkeypatch):
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     parse(JOBS["pretrain"], ["--report_to", "tensorboard"])
-    with pytest.raises(ValueError, match="report_to='wandb' needs a package that is not installed: pip install wandb"):
+    with pytest.raises(
+        ValueError, match=r"report_to='wandb' requires a package that is not installed\. Run: pip install wandb"
+    ):
         parse(JOBS["pretrain"], ["--report_to", "wandb"])
 
 
@@ -233,7 +237,7 @@ def test_an_optimizer_must_be_installed(monkeypatch):
 
 def test_a_warmup_longer_than_the_run_is_said(caplog):
     *_, args = parse(JOBS["pretrain"], ["--warmup_steps", "50", "--max_steps", "10"])
-    assert "warmup_steps=50.0 is more than the 10 steps of this run" in caplog.text
+    assert "warmup_steps=50.0 exceeds the 10 steps of this run" in caplog.text
     assert args.scheduler_kwargs(10)["num_decay_steps"] == 0
 
 
@@ -257,7 +261,7 @@ def test_every_number_of_ours_has_a_range():
 @dataclass
 class Example:
     CONDITIONS: ClassVar = {"inherited": (Range(least=1),)}
-    share: Annotated[float, Range(above=0, below=1)] = 0.1
+    fraction: Annotated[float, Range(above=0, below=1)] = 0.1
     size: Annotated[int | None, Range(least=64, most=128, multiple_of=64, also=(-1,))] = None
     adapter: bool = False
     rank: Annotated[int, Range(least=1), Needs("adapter")] = 8
@@ -268,17 +272,17 @@ class Example:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"share": 1.0}, "share=1.0 must be above 0 and below 1."),
-        ({"share": math.nan}, "share=nan is no finite number"),
+        ({"fraction": 1.0}, "fraction=1.0 must be above 0 and below 1."),
+        ({"fraction": math.nan}, "fraction=nan is not a finite number"),
         ({"size": 96}, "size=96 must be at least 64 and at most 128 and a multiple of 64, or -1."),
         ({"size": 192}, "size=192 must be"),
         ({"size": -1}, None),
         ({"size": 128}, None),
-        ({"rank": 4}, "rank=4 is read only with adapter, which is False"),
+        ({"rank": 4}, "rank=4 requires adapter, which is False"),
         ({"rank": 4, "adapter": True}, None),
         ({"rank": 0, "adapter": True}, "rank=0 must be at least 1"),
-        ({"names": ["one", "tvo"]}, r"names=\['one', 'tvo'\] is unknown. Did you mean two\? There are: one, two."),
-        ({"names": ["one", "one"]}, "names something twice"),
+        ({"names": ["one", "tvo"]}, r"names=\['one', 'tvo'\] is unknown. Did you mean two\? Choose from: one, two."),
+        ({"names": ["one", "one"]}, "names=\['one', 'one'\] has duplicates"),
         ({"names": ["two", "one"]}, None),
         ({"names": [""]}, "is empty"),
         ({"inherited": -1}, "inherited=-1 must be at least 1"),

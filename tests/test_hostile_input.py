@@ -21,8 +21,8 @@ import pretrain
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.deploy.conversion import from_nanogpt
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.trainer import LanguageModelTrainer

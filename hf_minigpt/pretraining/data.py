@@ -12,8 +12,9 @@ from ..data.corpora import Documents, ShardedDocuments, load_documents, stream_d
 from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
 from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sample_documents
 from ..data.token_store import PreparedCorpus, prepare_corpus
+from ..pretraining.arguments import PretrainArguments
 from ..tokenization import check_tokenizer_fits, load_tokenizer, train_tokenizer
-from ..training.arguments import DataArguments, ModelArguments, PretrainArguments
+from ..training.arguments import DataArguments, ModelArguments
 from ..training.loading import checkpoint_config, context_length, trained_vocab_size
 
 

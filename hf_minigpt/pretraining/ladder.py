@@ -9,7 +9,7 @@ from ..data.collators import LanguageModelCollator
 from ..data.rows import RandomWindowRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..training.arguments import PretrainArguments
+from ..pretraining.arguments import PretrainArguments
 from ..training.checkpoints.train_safely import train_safely
 from ..training.optimizers import optimizer_cls_and_kwargs
 from ..training.trainer import LanguageModelTrainer

@@ -9,7 +9,8 @@ from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..presets import preset
-from ..training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from ..pretraining.arguments import PlanArguments, PretrainArguments
+from ..training.arguments import DataArguments, ModelArguments
 from ..training.flops import flops_per_token, measure_flops_per_second
 from ..training.loading import build_config, context_length, trained_vocab_size
 from ..training.optimizers import hidden_matrices

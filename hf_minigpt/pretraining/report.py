@@ -7,7 +7,8 @@ from pathlib import Path
 from ..data.streaming import StreamedCorpus
 from ..data.token_store import PreparedCorpus
 from ..model.modeling_minigpt import MiniGPTForCausalLM
-from ..training.arguments import DataArguments, ModelArguments, PretrainArguments
+from ..pretraining.arguments import PretrainArguments
+from ..training.arguments import DataArguments, ModelArguments
 from ..training.report import HYPERPARAMETERS, METRICS, TrainingReport, plain
 
 

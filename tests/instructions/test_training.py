@@ -34,8 +34,8 @@ from hf_minigpt.instructions.trainer import (
     inherited_settings,
     prepare_for_chat,
 )
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.trainer import end_training

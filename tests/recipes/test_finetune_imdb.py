@@ -20,9 +20,10 @@ from hf_minigpt.classification.arguments import (
 )
 from hf_minigpt.classification.data import text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
-from hf_minigpt.training.arguments import ModelArguments, parse
+from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.lora import LoraArguments
+from hf_minigpt.training.parsing import parse
 
 
 ROOT = Path(__file__).parents[2]

@@ -6,15 +6,9 @@ import pytest
 import torch
 import yaml
 
-from hf_minigpt.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    PlanArguments,
-    PretrainArguments,
-    check_writable,
-    parse,
-    use_all_cores,
-)
+from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.parsing import parse
 
 
 ALL = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
@@ -91,14 +85,14 @@ def test_old_names_are_answered_with_the_new_ones(old, new, tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(ALL, arguments)
         error = capsys.readouterr().err
-        assert (f"It is called --{new} now" in error or f"It is called {new} now" in error) == (new is not None)
+        assert (f"It was renamed to --{new}." in error or f"It was renamed to {new}." in error) == (new is not None)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--optim", "sgd"], "optim='sgd' is read only with"),
-        (["--precision", "fp32", "--fp16"], "precision='fp32' with"),
+        (["--optim", "sgd"], "optim='sgd' requires optimizer='trainer'"),
+        (["--precision", "fp32", "--fp16"], "precision='fp32' conflicts with"),
         (["--decay_fraction", "2"], "decay_fraction=2.0"),
         (["--validation_fraction", "1"], "validation_fraction=1.0"),
         (["--dataloader_persistent_workers", "--dataloader_num_workers", "1"], "dataloader_persistent_workers=True"),

@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_minigpt.training import callbacks
-from hf_minigpt.training.arguments import ModelArguments, parse
+from hf_minigpt.training.arguments import ModelArguments
+from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import allow_any_output, optional, printable
 
 
