@@ -41,20 +41,18 @@ from hf_minigpt.classification.arguments import (
 )
 from hf_minigpt.classification.baseline import check_baseline_possible, compare_with_baseline
 from hf_minigpt.classification.batching import ReviewCollator
-from hf_minigpt.classification.cards import (
-    FIGURES,
-    format_classification_metrics,
-    save_classification_card,
-)
 from hf_minigpt.classification.data import ReviewRows, write_texts
 from hf_minigpt.classification.metrics import accuracy_interval, classification_metrics
 from hf_minigpt.classification.model import build_classifier, check_lora_possible
 from hf_minigpt.classification.report import (
+    FIGURES,
     ask_command,
     classification_report,
     describe_data,
     draw_figures,
     evaluate_pipeline,
+    format_classification_metrics,
+    save_classification_card,
     spread,
 )
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer

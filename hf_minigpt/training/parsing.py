@@ -1,5 +1,6 @@
 """Parses the recipes' command lines and YAML files into argument dataclasses."""
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -28,6 +29,10 @@ RENAMED = {
     "lora_r": "lora_rank",
     "lora": "lora_rank",
 }
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the description, and shows defaults."""
 
 
 def parse(
@@ -59,6 +64,7 @@ def parse(
         description=description,
         usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]   (--help lists the flags)",
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file with values for the flags below. Flags override it.")
     parser.set_defaults(**(defaults or {}))

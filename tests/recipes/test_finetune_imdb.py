@@ -76,7 +76,7 @@ def test_from_pretraining_to_a_classifier_that_anyone_can_load(pretrained, revie
         assert (output / name).is_file(), name
     card = (output / "README.md").read_text()
     assert f"{results['test_accuracy']:.2%}" in card and "pipeline_tag: text-classification" in card
-    assert "Corpus: reviews.csv" in card and "1, of which 0 were test texts" in card
+    assert "Dataset: reviews.csv" in card and "1, of which 0 were test texts" in card
     # what was pretrained on is what was trained on
     pretraining = pd.read_parquet(folder / "texts.parquet")["text"]
     splits = ReviewArguments(

@@ -11,10 +11,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_minigpt.classification.cards import save_classification_card
+from hf_minigpt.classification.report import save_classification_card
 from hf_minigpt.instructions.report import save_sft_card
+from hf_minigpt.pretraining.report import format_metrics, save_model_card
 from hf_minigpt.publishing.plots import plot_losses
-from hf_minigpt.training.report import TrainingReport, format_metrics, save_model_card
+from hf_minigpt.training.report import TrainingReport
 
 
 METRICS = {"loss": 1.25, "perplexity": 3.49, "bits_per_byte": 0.5, "accuracy": 0.625, "tokens_per_second": 12345.6}
@@ -85,7 +86,7 @@ def test_a_corpus_on_disk_is_no_dataset_of_the_hub(tmp_path):
     )
     data = ModelCard.load(path).data
     assert (data.datasets, data.base_model, data.language) == (None, None, None)
-    assert "its terms decide" in path.read_text() and "loss.png" not in path.read_text()
+    assert "whose terms decide" in path.read_text() and "loss.png" not in path.read_text()
 
 
 def test_metrics_are_formatted_in_order_and_unknown_ones_left_out():
