@@ -1,4 +1,4 @@
-"""What `recipes/ladder.py` is made of: flags of a small model at a constant rate, and a rung trained and evaluated."""
+"""The arguments and the training of one rung of `recipes/ladder.py`, a sequence of ever more complete small GPTs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,15 +9,15 @@ from ..data.collators import LanguageModelCollator
 from ..data.rows import RandomWindowRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
-from ..pretraining.arguments import PretrainArguments
 from ..training.checkpoints.train_safely import train_safely
 from ..training.optimizers import optimizer_cls_and_kwargs
 from ..training.trainer import LanguageModelTrainer
+from .arguments import PretrainArguments
 
 
 @dataclass
 class LadderArguments(PretrainArguments):
-    """`PretrainArguments` with the defaults of a small model at a constant learning rate."""
+    """`PretrainArguments` with the defaults of a small model and a constant learning rate."""
 
     output_dir: str | None = "runs/ladder"
     max_steps: int = 2000
@@ -40,16 +40,16 @@ class LadderArguments(PretrainArguments):
     def __post_init__(self):
         if self.resume_from_checkpoint is not None:
             raise ValueError(
-                f"resume_from_checkpoint={self.resume_from_checkpoint!r}: a climb is not resumed. Name the rungs that "
-                "are left with --rungs."
+                f"resume_from_checkpoint={self.resume_from_checkpoint!r} is not supported. Train the remaining rungs "
+                "with --rungs."
             )
         if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: random windows have no epochs, give a number of steps.")
+            raise ValueError(f"max_steps={self.max_steps}: random windows have no epochs. Set it to at least 1.")
         super().__post_init__()
 
 
 class LadderTrainer(LanguageModelTrainer):
-    """Evaluates on windows of the training text too."""
+    """A `LanguageModelTrainer` that also evaluates on windows of the training text."""
 
     def __init__(self, *args, train_windows: RandomWindowRows, **kwargs):
         super().__init__(*args, **kwargs)
@@ -61,14 +61,25 @@ class LadderTrainer(LanguageModelTrainer):
         return metrics | super().evaluate(self.train_windows, ignore_keys, f"{metric_key_prefix}_train")
 
 
-def climb(
+def train_rung(
     config: MiniGPTConfig,
     corpus: PreparedCorpus,
     tokenizer: PreTrainedTokenizerFast,
     eval_batches: int,
     args: LadderArguments,
 ) -> dict[str, float]:
-    """Train and evaluate one rung, and save it in `args.output_dir`."""
+    """Train and evaluate one rung, and save it in `args.output_dir`.
+
+    Args:
+        config: configuration of the rung.
+        corpus: the tokenized corpus.
+        tokenizer: its tokenizer.
+        eval_batches: number of training batches' worth of windows in an evaluation, for each split.
+        args: arguments of the run.
+
+    Returns:
+        The number of parameters and the Trainer's metrics.
+    """
     context_length = tokenizer.model_max_length = config.max_position_embeddings
     num_windows = eval_batches * args.train_batch_size
     set_seed(args.seed)

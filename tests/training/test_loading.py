@@ -77,8 +77,8 @@ def test_another_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "tokenizer", "message"),
     [
-        ("no/model", None, "model='no/model' is neither a model's folder nor one on the Hub"),
-        (None, "no/tokenizer", "tokenizer='no/tokenizer' is neither a folder with one nor on the Hub"),
+        ("no/model", None, "model='no/model' is neither a folder with a model nor a name on the Hub"),
+        (None, "no/tokenizer", "tokenizer='no/tokenizer' is neither a folder with a tokenizer nor a name on the Hub"),
     ],
 )
 def test_a_base_that_does_not_exist_is_named(model, tokenizer, message):
