@@ -1,5 +1,6 @@
 """Counts the floating-point operations of training, and measures those of a device per second."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -67,10 +68,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@functools.cache
 def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return the peak FLOP/s that the model FLOPs utilization (MFU) refers to.
 
-    For 16-bit products on a known GPU it is from the data sheet, otherwise measured with a large matrix product.
+    For 16-bit products on a known GPU it is from the data sheet, otherwise measured with a large matrix product, once
+    per process.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for part, flops in PEAK_FLOPS.items():
