@@ -1,6 +1,6 @@
 """The arguments and the training of one rung of `recipes/ladder.py`, a sequence of ever more complete small GPTs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
@@ -15,27 +15,30 @@ from ..training.trainer import LanguageModelTrainer
 from .arguments import PretrainArguments
 
 
+HELP = {f.name: f.metadata for f in fields(PretrainArguments)}
+
+
 @dataclass
 class LadderArguments(PretrainArguments):
     """`PretrainArguments` with the defaults of a small model and a constant learning rate."""
 
-    output_dir: str | None = "runs/ladder"
-    max_steps: int = 2000
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 256
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    lr_scheduler_type: str = "constant"
-    warmup_steps: float = 0
-    optimizer: Literal["muon", "adamw", "trainer"] = "adamw"
-    eval_steps: float | None = 500
-    eval_max_rows: int | None = None
-    logging_steps: float = 500
-    save_strategy: str = "no"
-    disable_tqdm: bool | None = True
+    output_dir: str | None = field(default="runs/ladder", metadata=HELP["output_dir"])
+    max_steps: int = field(default=2000, metadata=HELP["max_steps"])
+    per_device_train_batch_size: int = field(default=32, metadata=HELP["per_device_train_batch_size"])
+    per_device_eval_batch_size: int = field(default=256, metadata=HELP["per_device_eval_batch_size"])
+    learning_rate: float = field(default=5e-3, metadata=HELP["learning_rate"])
+    weight_decay: float = field(default=0.01, metadata=HELP["weight_decay"])
+    adam_beta2: float = field(default=0.999, metadata=HELP["adam_beta2"])
+    lr_scheduler_type: str = field(default="constant", metadata=HELP["lr_scheduler_type"])
+    warmup_steps: float = field(default=0, metadata=HELP["warmup_steps"])
+    optimizer: Literal["muon", "adamw", "trainer"] = field(default="adamw", metadata=HELP["optimizer"])
+    eval_steps: float | None = field(default=500, metadata=HELP["eval_steps"])
+    eval_max_rows: int | None = field(default=None, metadata=HELP["eval_max_rows"])
+    logging_steps: float = field(default=500, metadata=HELP["logging_steps"])
+    save_strategy: str = field(default="no", metadata=HELP["save_strategy"])
+    disable_tqdm: bool | None = field(default=True, metadata=HELP["disable_tqdm"])
     # in models this small, threads wait for each other longer than they compute
-    cpu_threads: int | None = 1
+    cpu_threads: int | None = field(default=1, metadata=HELP["cpu_threads"])
 
     def __post_init__(self):
         if self.resume_from_checkpoint is not None:
