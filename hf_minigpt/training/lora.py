@@ -35,8 +35,8 @@ class LoraArguments:
         check_arguments(self)
         if self.merge_lora and not self.lora_rank:
             raise ValueError(
-                f"merge_lora={self.merge_lora} requires adapters, but lora_rank={self.lora_rank}. Set, for example, "
-                "--lora_rank 16, or remove --merge_lora."
+                f"merge_lora={self.merge_lora} with lora_rank={self.lora_rank}: there are no adapters to merge. Set "
+                "--lora_rank 16, for example, or remove --merge_lora."
             )
 
     @property

@@ -104,7 +104,7 @@ def test_a_config_trains(path, corpus, tmp_path):
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=stem)
 def test_a_config_plans(path, corpus, tmp_path, capsys):
-    """Parses the config, and builds its model and optimizer on the meta device."""
+    """Parses the config, and plans its run with a model on the meta device."""
     _, values = recipe_and_values(path)
     local = ["--dataset", str(corpus), "--cache_dir", str(tmp_path), "--torch_compile", "false"]
     local += ["--tokenizer", GPT2_FOLDER] if "tokenizer" in values else []
