@@ -29,14 +29,14 @@ from typing import Annotated
 
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import prepare_corpus
-from hf_minigpt.flags import Unique
+from hf_minigpt.flags import COUNT, Unique
 from hf_minigpt.presets import BABY_RUNGS, baby_rung
 from hf_minigpt.pretraining.data import open_documents
 from hf_minigpt.pretraining.ladder import LadderArguments, train_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import num_ids, train_character_tokenizer
-from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
 from hf_minigpt.training.evaluation import decode_documents
 from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import optional, written

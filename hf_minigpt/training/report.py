@@ -71,8 +71,6 @@ TRAINING = """\
 
 {training}
 
-| Hyperparameter | Value |
-|-|-|
 {hyperparameters}
 
 ## Intended use
@@ -198,8 +196,9 @@ def format_rows(metrics: Mapping[str, Any], rows: Rows) -> dict[str, str]:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in Markdown."""
-    lines = [header, ["-"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_escape_cell(cell) for cell in line)} |" for line in lines)
+    lines = [f"| {' | '.join(map(_escape_cell, line))} |" for line in [header, *rows]]
+    lines.insert(1, "|-" * len(header) + "|")
+    return "\n".join(lines)
 
 
 def fill_card(
@@ -259,8 +258,8 @@ def fill_card(
         data=_bullets(f"{label}: {value}" for label, value in {"Dataset": report.dataset, **report.data}.items()),
         command=re.sub(r"(--hub_token[ =])\S+", r"\1...", report.command),
         training=f"{_duration(report.seconds)} on {report.hardware}.",
-        hyperparameters="\n".join(
-            f"| `{name}` | {_escape_cell(value)} |" for name, value in report.hyperparameters.items()
+        hyperparameters=markdown_table(
+            ["Hyperparameter", "Value"], [(f"`{name}`", value) for name, value in report.hyperparameters.items()]
         ),
         intended_use=_bullets(report.intended_use),
         limits=_bullets(report.limits),
