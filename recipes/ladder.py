@@ -1,22 +1,22 @@
 """
-Climb from a bigram table to a GPT, one idea a rung, and see what each is worth: on characters, in random windows.
+Train a ladder of character-level models, from a bigram table to a GPT, where each rung adds one idea, and compare.
 
     python recipes/ladder.py
 
-Without arguments: on the embedded tales, on a laptop's CPU, without network, in about three minutes. It ends in a
-table, `ladder.png`, and a model a rung. Held-out loss, in nats a character: bigram 2.10, one head 2.01, several heads
-1.86, feed-forward 1.76; a stack of six such blocks hardly learns at all, 2.89, until residual connections let it,
-1.24, LayerNorm more so, 1.15; dropout costs a model this small, 1.52; the scaled-up one reaches 0.32. On your own
-text, on some rungs, with the article's two columns of hyperparameters:
+Without arguments it trains on the embedded tales, on a laptop's CPU, without network, in about three minutes. It
+prints a table, and saves `ladder.png` and one model per rung. Held-out loss in nats per character: bigram 2.10, one
+head 2.01, several heads 1.86, feed-forward 1.76; a stack of six such blocks hardly learns (2.89); residual connections
+1.24, LayerNorm 1.15; dropout hurts a model this small (1.52); the scaled-up model reaches 0.32. On your own text, on
+selected rungs, and with the article's two columns of hyperparameters:
 
-    python recipes/ladder.py --dataset ../shared/data/books --output_dir runs/ladder-books
+    python recipes/ladder.py --dataset FOLDER_OR_FILE --output_dir runs/ladder-books
     python recipes/ladder.py --rungs blocks residual layer-norm --config_overrides num_hidden_layers=10
     python recipes/ladder.py --config recipes/configs/baby_cpu.yaml
     python recipes/ladder.py --config recipes/configs/baby_gpu.yaml
 
-`--push_to_hub true` pushes the whole climb to one repository. The rungs are `BABY_RUNGS` of hf_minigpt.presets. Their
-LayerNorm averages over the width; the hand-written one of the article averages over the batch, by which each text
-would know of the others.
+`--push_to_hub true` pushes all rungs to one repository. The rungs are `BABY_RUNGS` of hf_minigpt.presets. Their
+LayerNorm normalizes over the width. The article's own implementation normalizes over the batch, which leaks
+information between texts.
 """
 
 import copy
@@ -29,34 +29,36 @@ from typing import Annotated
 
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import prepare_corpus
-from hf_minigpt.flags import Unique
+from hf_minigpt.flags import COUNT, Unique
 from hf_minigpt.presets import BABY_RUNGS, baby_rung
 from hf_minigpt.pretraining.data import open_documents
-from hf_minigpt.pretraining.ladder import LadderArguments, climb
+from hf_minigpt.pretraining.ladder import LadderArguments, train_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import num_ids, train_character_tokenizer
-from hf_minigpt.training.arguments import COUNT, DataArguments, ModelArguments, check_writable, parse, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
 from hf_minigpt.training.evaluation import decode_documents
+from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import optional, written
 
 
-# Enough that no rung learns its text by heart, few enough for two minutes.
+# Enough that no rung memorizes its text, few enough for two minutes
 NUM_TALES = 3000
 
 
 @dataclass
 class RungArguments:
     rungs: Annotated[list[str], Unique()] = field(
-        default_factory=lambda: list(BABY_RUNGS), metadata={"help": f"Of {', '.join(BABY_RUNGS)}. Default: all."}
+        default_factory=lambda: list(BABY_RUNGS),
+        metadata={"help": f"Rungs to train: {', '.join(BABY_RUNGS)}. Default: all."},
     )
-    preset: str = field(default="baby", metadata={"help": "What the climb leads to: baby or baby-large."})
+    preset: str = field(default="baby", metadata={"help": "Preset of the last rung: baby or baby-large."})
     config_overrides: list[str] = field(
         default_factory=lambda: ["num_hidden_layers=6"],
-        metadata={"help": "Fields of MiniGPTConfig over the preset's. Default: num_hidden_layers=6."},
+        metadata={"help": "Fields of MiniGPTConfig that replace those of the preset. Default: num_hidden_layers=6."},
     )
     eval_batches: Annotated[int, COUNT] = field(
-        default=100, metadata={"help": "An evaluation averages over so many training batches of each split."}
+        default=100, metadata={"help": "Number of training batches of each split in an evaluation."}
     )
 
 
@@ -66,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     use_all_cores(args.cpu_threads)
     overrides = ModelArguments(config_overrides=rung_args.config_overrides).overrides()
     for name in rung_args.rungs:
-        # what is wrong with the last rung shall not show after an hour
+        # find mistakes in the last rung before the first is trained
         baby_rung(name, rung_args.preset, **overrides)
     folder = Path(args.output_dir)
     check_writable(args.output_dir)
     if data_args.dataset is None and data_args.max_examples is None:
         data_args.max_examples = NUM_TALES
 
-    # Data: every character of the corpus is a token
+    # Data: each character is a token
     documents = open_documents(data_args)
     prepare_push(args)
     tokenizer = train_character_tokenizer(documents, model_max_length=1)
@@ -91,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if data_args.dataset is None:
         held_out = decode_documents(corpus.validation, tokenizer)
         bits = -sum(map(tales.log2_probability, held_out))
-        # each tale with the token that ends it
+        # including the end token of each tale
         floor = bits * math.log(2) / sum(len(text) + 1 for text in held_out)
 
-    # The climb
+    # Training
     print(f"{len(tokenizer)} characters, {corpus.train.num_tokens:,} in training; {args.describe_hardware()}")
     print(f"{'rung':15} {'parameters':>12} {'training':>9} {'held out':>9} {'seconds':>8}")
     results: dict[str, dict[str, float]] = {}
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         own_args = copy.copy(args)
         own_args.output_dir, own_args.push_to_hub = str(folder / name), False
         config = baby_rung(name, rung_args.preset, **overrides)
-        rung = results[name] = climb(config, corpus, tokenizer, rung_args.eval_batches, own_args)
+        rung = results[name] = train_rung(config, corpus, tokenizer, rung_args.eval_batches, own_args)
         print(
             f"{name:15} {rung['parameters']:12,} {rung['eval_train_loss']:9.4f} {rung['eval_loss']:9.4f} "
             f"{rung['train_runtime']:8.0f}",
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         metrics = {f"{name}_{key}": value for name, rung in results.items() for key, value in rung.items()}
         if args.process_index == 0:
-            # after each rung: a later one may fail
+            # saved after each rung, because a later one may fail
             (folder / "all_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
 
     # Results
@@ -119,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         held_out = {name: rung["eval_loss"] for name, rung in results.items()}
         with optional("drawing ladder.png"):
             plot_rungs(held_out, training, folder / "ladder.png", floor)
-        print(f"{folder} holds a model a rung{written(folder, 'all_results.json', 'ladder.png')}. Next:")
-        print(f"  python recipes/pictures.py {folder / name}")
+        print(f"{folder} contains one model per rung{written(folder, 'all_results.json', 'ladder.png')}. Next:")
+        print(f"  python recipes/demo.py {folder / name}")
     with optional("pushing to the Hub"):
         push_run(args)
     return metrics

@@ -38,28 +38,21 @@ from transformers import set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows
+from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.pretraining.data import check_streaming, open_documents, prepare_data, training_rows
 from hf_minigpt.pretraining.plan import plan_pretraining
-from hf_minigpt.pretraining.report import pretraining_report
+from hf_minigpt.pretraining.report import format_metrics, pretraining_report, save_model_card
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    PlanArguments,
-    PretrainArguments,
-    check_writable,
-    parse,
-    use_all_cores,
-)
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
 from hf_minigpt.training.callbacks import PrintSample
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.evaluation import decode_documents, sample_texts, tale_metrics
 from hf_minigpt.training.loading import build_model, context_length
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
-from hf_minigpt.training.report import format_metrics, save_model_card
+from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import optional, written
 from hf_minigpt.training.trainer import LanguageModelTrainer, end_training
 

@@ -23,18 +23,12 @@ from transformers import TrainerState, get_scheduler, set_seed
 
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, ShuffledDocumentRows
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.pretraining.data import open_documents, prepare_data, training_rows
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    PretrainArguments,
-    check_writable,
-    parse,
-    use_all_cores,
-)
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
 from hf_minigpt.training.checkpoints.divergence import LossGuard
 from hf_minigpt.training.checkpoints.fingerprints import check_same_run, dataset_fingerprint, run_fingerprint
 from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
@@ -42,6 +36,7 @@ from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.evaluation import evaluate_language_model, sample_texts
 from hf_minigpt.training.loading import build_model, context_length
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.trainer import end_training

@@ -1,4 +1,4 @@
-"""Flags that cannot be are refused by name before any work, in every recipe."""
+"""Invalid flags are refused by name before any work, in every recipe."""
 
 import argparse
 import dataclasses
@@ -18,9 +18,11 @@ from hf_minigpt.classification.arguments import (
 )
 from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, conditions, number
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.pretraining.ladder import LadderArguments
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments, parse
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.lora import LoraArguments
+from hf_minigpt.training.parsing import parse
 
 
 JOBS = {
@@ -29,7 +31,7 @@ JOBS = {
     "sft": (InstructionArguments, SFTArguments, LoraArguments),
     "ladder": (DataArguments, LadderArguments),
 }
-# job -> flag -> values that cannot be
+# job -> flag -> invalid values
 WRONG = {
     "pretrain": {
         "seed": ["-1", str(2**32)],
@@ -128,7 +130,7 @@ WRONG = {
     "ladder": {"max_steps": ["0", "-1"], "eval_max_rows": ["0"], "metric_for_best_model": ["misspelt"]},
 }
 CASES = [(job, name, value) for job, flags in WRONG.items() for name, values in flags.items() for value in values]
-# at the edge of what can be
+# valid values at the bounds
 RIGHT = {
     "pretrain": {
         "seed": "0",
@@ -152,8 +154,8 @@ RIGHT = {
 
 
 @pytest.mark.parametrize(("job", "name", "value"), CASES, ids=["-".join(case)[:60] for case in CASES])
-def test_what_cannot_be_is_refused_by_name(job, name, value, capsys):
-    # argparse ends the program where a value is not among the choices that it knows, or of another kind
+def test_invalid_values_are_refused_by_name(job, name, value, capsys):
+    # argparse exits for values of another type and unknown choices
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(JOBS[job], [f"--{name}={value}"])
     message = capsys.readouterr().err if error.type is SystemExit else str(error.value)
@@ -163,25 +165,25 @@ def test_what_cannot_be_is_refused_by_name(job, name, value, capsys):
 @pytest.mark.parametrize(
     ("job", "name", "value"), [(job, name, value) for job, flags in RIGHT.items() for name, value in flags.items()]
 )
-def test_the_edge_of_what_can_be_is_taken(job, name, value):
+def test_values_at_the_bounds_are_accepted(job, name, value):
     parsed = parse(JOBS[job], [f"--{name}", value])
     (found,) = [getattr(arguments, name) for arguments in parsed if hasattr(arguments, name)]
     assert found is not None
 
 
-def test_yaml_is_checked_as_the_command_line_is(tmp_path):
+def test_yaml_values_are_checked(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"seed": -1}))
     with pytest.raises(ValueError, match="seed=-1 must be at least 0 and at most 4294967295"):
         parse(JOBS["pretrain"], ["--config", str(path)])
 
 
-def test_what_a_run_inherits_is_checked():
+def test_inherited_settings_are_checked():
     with pytest.raises(ValueError, match="learning_rate=-1"):
         parse(JOBS["sft"], [], defaults={"learning_rate": -1.0})
 
 
-def test_objects_made_in_python_are_checked():
+def test_arguments_made_in_python_are_checked():
     with pytest.raises(ValueError, match="seed=-1"):
         PretrainArguments(seed=-1)
     with pytest.raises(ValueError, match="max_examples=0"):
@@ -196,7 +198,7 @@ def test_objects_made_in_python_are_checked():
         (["--save_strategy", "epoch"], "save and eval strategy to match"),
     ],
 )
-def test_the_best_model_needs_a_checkpoint_with_each_evaluation(argv, message):
+def test_the_best_model_requires_a_checkpoint_for_each_evaluation(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(JOBS["pretrain"], [*argv, "--load_best_model_at_end", "true"])
 
@@ -211,7 +213,7 @@ def test_the_best_model_needs_a_checkpoint_with_each_evaluation(argv, message):
         ("classify", "f1", True),
     ],
 )
-def test_best_is_lowest_where_lower_is_better(job, metric, greater):
+def test_greater_is_better_follows_the_metric(job, metric, greater):
     argv = ["--metric_for_best_model", metric]
     args = next(arguments for arguments in parse(JOBS[job], argv) if isinstance(arguments, TrainingArguments))
     assert args.greater_is_better is greater
@@ -220,7 +222,9 @@ def test_best_is_lowest_where_lower_is_better(job, metric, greater):
 def test_a_tracker_must_be_installed(monkeypatch):
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     parse(JOBS["pretrain"], ["--report_to", "tensorboard"])
-    with pytest.raises(ValueError, match="report_to='wandb' needs a package that is not installed: pip install wandb"):
+    with pytest.raises(
+        ValueError, match=r"report_to='wandb' requires a package that is not installed\. Run: pip install wandb"
+    ):
         parse(JOBS["pretrain"], ["--report_to", "wandb"])
 
 
@@ -231,14 +235,14 @@ def test_an_optimizer_must_be_installed(monkeypatch):
         parse(JOBS["pretrain"], ["--optimizer", "trainer", "--optim", "adamw_bnb_8bit"])
 
 
-def test_a_warmup_longer_than_the_run_is_said(caplog):
+def test_a_warmup_longer_than_the_run_is_warned_about(caplog):
     *_, args = parse(JOBS["pretrain"], ["--warmup_steps", "50", "--max_steps", "10"])
-    assert "warmup_steps=50.0 is more than the 10 steps of this run" in caplog.text
+    assert "warmup_steps=50.0 exceeds the 10 steps of this run" in caplog.text
     assert args.scheduler_kwargs(10)["num_decay_steps"] == 0
 
 
-def test_every_number_of_ours_has_a_range():
-    """A new flag needs one too."""
+def test_every_numeric_flag_has_a_range():
+    """Also holds for new flags."""
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     missing = []
     for dataclass_type in {cls for classes in JOBS.values() for cls in classes}:
@@ -257,7 +261,7 @@ def test_every_number_of_ours_has_a_range():
 @dataclass
 class Example:
     CONDITIONS: ClassVar = {"inherited": (Range(least=1),)}
-    share: Annotated[float, Range(above=0, below=1)] = 0.1
+    fraction: Annotated[float, Range(above=0, below=1)] = 0.1
     size: Annotated[int | None, Range(least=64, most=128, multiple_of=64, also=(-1,))] = None
     adapter: bool = False
     rank: Annotated[int, Range(least=1), Needs("adapter")] = 8
@@ -268,21 +272,21 @@ class Example:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"share": 1.0}, "share=1.0 must be above 0 and below 1."),
-        ({"share": math.nan}, "share=nan is no finite number"),
+        ({"fraction": 1.0}, "fraction=1.0 must be above 0 and below 1."),
+        ({"fraction": math.nan}, "fraction=nan is not a finite number"),
         ({"size": 96}, "size=96 must be at least 64 and at most 128 and a multiple of 64, or -1."),
         ({"size": 192}, "size=192 must be"),
         ({"size": -1}, None),
         ({"size": 128}, None),
-        ({"rank": 4}, "rank=4 is read only with adapter, which is False"),
+        ({"rank": 4}, "rank=4 requires adapter, which is False"),
         ({"rank": 4, "adapter": True}, None),
         ({"rank": 0, "adapter": True}, "rank=0 must be at least 1"),
-        ({"names": ["one", "tvo"]}, r"names=\['one', 'tvo'\] is unknown. Did you mean two\? There are: one, two."),
-        ({"names": ["one", "one"]}, "names something twice"),
+        ({"names": ["one", "tvo"]}, r"names=\['one', 'tvo'\] is unknown. Did you mean two\? Choose from: one, two."),
+        ({"names": ["one", "one"]}, r"names=\['one', 'one'\] has duplicates"),
         ({"names": ["two", "one"]}, None),
         ({"names": [""]}, "is empty"),
         ({"inherited": -1}, "inherited=-1 must be at least 1"),
-        # the default needs no excuse
+        # defaults are not checked
         ({"inherited": 0, "rank": 8}, None),
     ],
 )
@@ -296,7 +300,7 @@ def test_conditions(values, message):
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "nan", "2.5", "x", str(10**30)])
-def test_numbers_of_a_command_line(text, capsys):
+def test_number_checks_argparse_values(text, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=number(int, least=1))
     assert parser.parse_args(["--count", "3"]).count == 3

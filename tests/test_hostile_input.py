@@ -23,8 +23,8 @@ import pretrain
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.deploy.conversion import from_nanogpt
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.trainer import LanguageModelTrainer
@@ -202,14 +202,17 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, "model='model' cannot be loaded: .*get them again"),
-        (flip(9), "model='model' cannot be loaded: .*get them again"),
-        (with_tensors(lambda tensors: tensors.pop(NAME)), f"model='model' has no {NAME}.*get them again"),
+        (cut, "model='model' cannot be loaded: .*Download or save them again"),
+        (flip(9), "model='model' cannot be loaded: .*Download or save them again"),
+        (with_tensors(lambda tensors: tensors.pop(NAME)), f"model='model' has no {NAME}.*Download or save them again"),
         (
             with_tensors(lambda tensors: tensors.update({NAME: torch.zeros(3, 3)})),
-            rf"{NAME} of shape \(3, 3\) where .*get them",
+            rf"{NAME} of shape \(3, 3\), but .*save them",
         ),
-        (with_config(hidden_size=32), r"lm_head.weight of shape \(320, 24\) where its config.json wants \(320, 32\)"),
+        (
+            with_config(hidden_size=32),
+            r"lm_head.weight of shape \(320, 24\), but its config.json requires \(320, 32\)",
+        ),
         (with_config(hidden_act="nonsense"), "nonsense"),
         (with_pickled_weights, "model='model' cannot be loaded: Weights only"),
         (with_code, "trust_remote_code"),

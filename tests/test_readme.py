@@ -14,8 +14,9 @@ from hf_minigpt.classification.arguments import (
     SeedArguments,
 )
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.lora import LoraArguments
 from tests.tiny import tiny_model
 

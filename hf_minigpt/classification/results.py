@@ -12,10 +12,18 @@ from ..training.safeguards import optional
 from .arguments import ClassificationArguments, ReviewArguments
 from .baseline import compare_with_baseline
 from .batching import ReviewRows
-from .cards import FIGURES, format_classification_metrics, save_classification_card
 from .data import ReviewSplits
 from .metrics import accuracy_interval
-from .report import ask_command, classification_report, describe_data, draw_figures, evaluate_pipeline
+from .report import (
+    FIGURES,
+    ask_command,
+    classification_report,
+    describe_data,
+    draw_figures,
+    evaluate_pipeline,
+    format_classification_metrics,
+    save_classification_card,
+)
 from .trainer import ClassificationTrainer
 
 

@@ -1,6 +1,5 @@
-"""The card of a finetuned model: figures before and after, samples before and after."""
+"""The model card of a model finetuned on instructions, with metrics and samples before and after."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,37 +7,44 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ..training.lora import LoraArguments
-from ..training.report import HYPERPARAMETERS, TrainingReport, model_card
+from ..training.report import (
+    TrainingReport,
+    code_fence,
+    fill_card,
+    format_rows,
+    markdown_table,
+    public_name,
+    save_card,
+    training_report,
+)
 from .trainer import Answer, InstructionArguments, InstructionData, SFTArguments
 
 
-# name -> (what the card calls it, digits), in the order of the card
-FIGURES = {
+METRICS = {
     "perplexity": ("Held-out response perplexity", ".2f"),
     "loss": ("Held-out response loss (nats per token)", ".4f"),
     "accuracy": ("Next-token accuracy on responses", ".2%"),
-    "exact_match": ("Exact match, greedy", ".1%"),
-    "answers_ended": ("Answers that ended by themselves", ".1%"),
+    "exact_match": ("Exact match, greedy decoding", ".1%"),
+    "answers_ended": ("Answers that reached the end token", ".1%"),
     "answers": ("Held-out answers compared", ",.0f"),
     "tokens": ("Held-out response tokens", ",.0f"),
 }
 
 LIMITS = (
-    "It answers in the manner of its instructions; it knows little else, and what it says may be false.",
-    "It has not been taught to refuse anything. Do not put it before people as if it had.",
+    "The model answers in the style of its training data. It knows little else, and may state falsehoods.",
+    "It was not trained to refuse requests. Do not deploy it as if it had been.",
 )
 
 RESULTS = """\
 ## Results
 
-{figures}
+{metrics}
 
-Loss, perplexity and accuracy are over the response tokens alone, the end token of each included.
-{categories}
-{plot}
+Loss, perplexity and accuracy cover the response tokens only, including the end token of each response.
+{categories}{plot}
 ## Samples
 
-Held-out instructions; what the base model said, and what this one says, by the likeliest token each time, unedited.
+Held-out instructions with the answers of the base model and of this model, by greedy decoding, unedited.
 {samples}
 ## How to use
 
@@ -49,9 +55,8 @@ chat = pipeline("text-generation", model="{name}", trust_remote_code=True)
 print(chat([{{"role": "user", "content": "..."}}])[0]["generated_text"][-1]["content"])
 ```
 
-Or `python recipes/chat.py {name}`. The chat template is saved with the tokenizer, and answers end with {eos}, where
-generation stops by itself.
-
+Or run `python recipes/chat.py {name}`. {remote_code} The chat template is saved with the tokenizer. Answers end with
+{eos}, where generation stops.
 """
 
 
@@ -66,75 +71,50 @@ def sft_report(
     command: str,
     plot: str | None = "loss.png",
 ) -> TrainingReport:
-    """The report of `recipes/sft.py`; `metrics` are the Trainer's, with their prefixes."""
-    on_tales = sft_args.dataset is None
-    on_hub = not on_tales and not os.path.exists(str(sft_args.dataset))
-    # the folders of somebody's machine are nobody's business
-    dataset = "questions about the tales of hf_minigpt" if on_tales else str(sft_args.dataset)
-    dataset = dataset if on_tales or on_hub else Path(dataset).resolve().name
-    base_on_hub = sft_args.model is not None and not os.path.exists(sft_args.model)
-    base = "a small model of the tales" if sft_args.model is None else str(sft_args.model)
-    base = base if sft_args.model is None or base_on_hub else Path(base).resolve().name
-    shown = [*HYPERPARAMETERS, "num_train_epochs"]
-    if args.optimizer == "muon":
-        shown[2:2] = ["matrix_learning_rate", "embedding_learning_rate", "muon_scaling"]
-    hyperparameters = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in shown}
-    for name in ("packing", "pretraining_fraction", "train_on_prompt"):
-        if value := getattr(sft_args, name):
-            hyperparameters[name] = value
-    if lora_args.lora_rank:
-        hyperparameters["lora_rank"] = lora_args.lora_rank
-    config = model.config
-    return TrainingReport(
-        name=args.hub_model_id or Path(args.output_dir or "").resolve().name,
+    """Return the report of `recipes/sft.py`. `metrics` are the Trainer's, with their prefixes."""
+    base = "a small model of the embedded tales" if sft_args.model is None else public_name(sft_args.model)
+    optional = {name: getattr(sft_args, name) for name in ("packing", "pretraining_fraction", "train_on_prompt")}
+    optional["lora_rank"] = lora_args.lora_rank
+    return training_report(
+        args,
+        model,
+        dataset=sft_args.dataset,
+        embedded_dataset="questions about the tales of hf_minigpt",
+        base_model=sft_args.model,
+        hyperparameters={"num_train_epochs": args.num_train_epochs}
+        | {name: value or None for name, value in optional.items()},
         description=f"An assistant: {base}, finetuned on instructions with hf_minigpt.",
-        num_parameters=model.num_parameters(),
-        architecture={
-            "layers": config.num_hidden_layers,
-            "width": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "context": config.max_position_embeddings,
-            "vocabulary": len(tokenizer),
-        },
-        dataset=dataset,
-        dataset_on_hub=on_hub,
         data={
             "Records": str(data.counts),
-            "Trained on": f"{len(data.training):,} conversations, {len(data.training.tokens):,} tokens, "
-            f"{data.training.num_trained:,} of them in answers",
+            "Training": f"{len(data.training):,} conversations, {len(data.training.tokens):,} tokens, of which "
+            f"{data.training.num_trained:,} in answers",
             "Held out": f"{len(data.held_out):,} conversations",
         },
-        hyperparameters=hyperparameters,
-        hardware=args.describe_hardware(),
         seconds=metrics["train_runtime"],
-        metrics={
-            name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "accuracy") if f"eval_{name}" in metrics
-        },
+        metrics={name: metrics[f"eval_{name}"] for name in METRICS if f"eval_{name}" in metrics},
         sample="",
         command=command,
         plot=plot,
         limits=LIMITS,
-        license="mit" if on_tales and sft_args.model is None else "unknown",
-        language="en" if on_tales else None,
-        base_model=sft_args.model if base_on_hub else None,
         tags=["minigpt", "conversational"],
     )
 
 
-def format_figures(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The figures of `FIGURES` after training, those by category, and perplexity before, as text by label."""
-    figures = {}
-    if "before_perplexity" in metrics:
-        figures["Held-out response perplexity before"] = format(metrics["before_perplexity"], ".2f")
-    for name, (label, digits) in FIGURES.items():
-        if f"eval_{name}" in metrics:
-            figures[label] = format(metrics[f"eval_{name}"], digits)
-    return figures | {f"Exact match: {name}": format(share, ".1%") for name, share in _by_category(metrics).items()}
-
-
-def _by_category(metrics: Mapping[str, float]) -> dict[str, float]:
-    prefix = "eval_exact_match/"
+def _with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def format_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return the formatted metrics by label: perplexity before training, those of `METRICS`, and those by category."""
+    before = {}
+    if "before_perplexity" in metrics:
+        before["Held-out response perplexity before"] = format(metrics["before_perplexity"], ".2f")
+    by_category = _with_prefix(metrics, "eval_exact_match/")
+    return (
+        before
+        | format_rows(_with_prefix(metrics, "eval_"), METRICS)
+        | {f"Exact match: {name}": f"{value:.1%}" for name, value in by_category.items()}
+    )
 
 
 def save_sft_card(
@@ -145,36 +125,46 @@ def save_sft_card(
     folder: str | Path,
     eos_token: str = "`<|endoftext|>`",
 ) -> Path:
-    """Write `README.md` into a model's folder: `report`, with figures and samples before and after."""
-    rows = ["| Figure | Before | After |", "|-|-|-|"]
-    for name, (label, digits) in FIGURES.items():
-        if f"eval_{name}" in metrics:
-            old = f"before_{name}"
-            rows.append(
-                f"| {label} | {format(metrics[old], digits) if old in metrics else ''} "
-                f"| {format(metrics[f'eval_{name}'], digits)} |"
-            )
-    categories = _by_category(metrics)
-    table = ["", "| Kind of instruction | Exact match |", "|-|-|"]
-    table += [f"| {name} | {share:.1%} |" for name, share in categories.items()]
-    samples = []
-    for said, new in zip(before, after, strict=False):
-        turns = [f"{message['role']}: {message['content']}" for message in new.conversation.messages[:-1]]
-        samples.append(
-            "\n```text\n" + "\n".join(turns) + f"\n\nbefore:   {said.text.strip()}\nafter:    {new.text.strip()}\n"
-            f"expected: {new.conversation.answer.strip()}\n```\n"
-        )
-    results = RESULTS.format(
-        figures="\n".join(rows),
-        categories="\n".join([*table, ""]) if categories else "",
+    """Write `README.md` into a model's folder.
+
+    Args:
+        report: content of the card.
+        metrics: the Trainer's metrics, with the prefixes `before_` and `eval_`.
+        before: answers of the base model.
+        after: answers of the finetuned model to the same prompts.
+        folder: folder of the model.
+        eos_token: the token that ends an answer.
+    """
+    old = format_rows(_with_prefix(metrics, "before_"), METRICS)
+    new = format_rows(_with_prefix(metrics, "eval_"), METRICS)
+    by_category = _with_prefix(metrics, "eval_exact_match/")
+    categories = markdown_table(
+        ["Category", "Exact match"], [(name, f"{value:.1%}") for name, value in by_category.items()]
+    )
+    card = fill_card(
+        RESULTS,
+        report,
+        pipeline_tag="text-generation",
+        task_name="Instruction following",
+        split="held out",
+        rows=METRICS,
+        index=("loss", "perplexity", "accuracy"),
+        metrics=markdown_table(
+            ["Metric", "Before", "After"], [(label, old.get(label, ""), value) for label, value in new.items()]
+        ),
+        categories=f"\n{categories}\n" if by_category else "",
         plot=f"\n![Loss against tokens]({report.plot})\n" if report.plot else "",
-        samples="".join(samples),
-        name=report.name,
+        samples="".join(map(_sample, before, after)),
         eos=eos_token,
     )
-    card = model_card(report)
-    head, rest = card.content.split("## Results\n", 1)
-    card.content = head + results + rest[rest.index("## Data\n") :]
-    path = Path(folder) / "README.md"
-    card.save(path)
-    return path
+    return save_card(card, folder)
+
+
+def _sample(before: Answer, after: Answer) -> str:
+    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in after.conversation.messages[:-1])
+    text = (
+        f"{prompt}\n\nbefore:   {before.text.strip()}\nafter:    {after.text.strip()}\n"
+        f"expected: {after.conversation.answer.strip()}"
+    )
+    fence = code_fence(text)
+    return f"\n{fence}text\n{text}\n{fence}\n"

@@ -36,7 +36,6 @@ from ..training.arguments import (
     AttentionImplementation,
     DataArguments,
     LanguageModelArguments,
-    PretrainArguments,
     best_by,
 )
 from ..training.evaluation import score_rows
@@ -196,14 +195,15 @@ def inherited_settings(model: str, learning_rate_factor: float, adapter: bool = 
 def _saved_arguments(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    # the folders that PretrainArguments has been in
+    parts = ("training", "pretraining")
     # a pickle may come from anywhere: only these classes are made from it
     known: list[Any] = [
-        PretrainArguments,
         SFTArguments,
         *(AcceleratorConfig, HubStrategy, IntervalStrategy, SaveStrategy),
     ]
     known += [SchedulerType, OptimizerNames, DistributedType, PartialState, torch.device]
-    known += [(PretrainArguments, "hf_minigpt.training.arguments.PretrainArguments")]
+    known += [(LanguageModelArguments, f"hf_minigpt.{part}.arguments.PretrainArguments") for part in parts]
     known += [(SFTArguments, "hf_minigpt.training.sft.SFTArguments")]
     try:
         with safe_globals(known):

@@ -1,4 +1,4 @@
-"""From flags to the things that a pretraining loop needs: text, tokenizer, model, rows."""
+"""Prepares the data of pretraining: documents, tokenizer, token store and training rows."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,29 +13,42 @@ from ..data.rows import AlignedDocumentRows, ShuffledDocumentRows
 from ..data.streaming import StreamedCorpus, StreamedRows, prepare_stream, sample_documents
 from ..data.token_store import PreparedCorpus, prepare_corpus
 from ..tokenization import check_tokenizer_fits, load_tokenizer, train_tokenizer
-from ..training.arguments import DataArguments, ModelArguments, PretrainArguments
+from ..training.arguments import DataArguments, ModelArguments
 from ..training.loading import checkpoint_config, context_length, trained_vocab_size
+from .arguments import PretrainArguments
 
 
 def check_streaming(data_args: DataArguments, args: PretrainArguments) -> None:
-    """Refuse flags that `--streaming` cannot go with, and have the Trainer read its rows in their order."""
+    """Check that the flags allow `--streaming`, and set the Trainer to read the rows in order.
+
+    Raises:
+        ValueError: for a flag that conflicts with `--streaming`.
+    """
     if not data_args.streaming:
         return
     for is_wrong, message in (
-        (args.max_steps <= 0, f"max_steps={args.max_steps}: a stream has no length; set --max_steps"),
-        (data_args.dataset is None, "dataset=None: the tales need no streaming; name a corpus with --dataset"),
-        (data_args.max_examples is not None, "max_examples is not read; set --max_steps, leave out --max_examples"),
-        (args.dataloader_num_workers > 0, "dataloader_num_workers: threads tokenize already; leave it out"),
-        (args.auto_find_batch_size, "auto_find_batch_size would lose the place in the stream; leave it out"),
-        (data_args.shuffle_characters < 1, "shuffle_characters must be at least 1"),
+        (args.max_steps <= 0, f"max_steps={args.max_steps}, but a stream has no length. Set --max_steps"),
+        (data_args.dataset is None, "dataset=None. The embedded tales cannot be streamed. Set --dataset"),
+        (
+            data_args.max_examples is not None,
+            f"max_examples={data_args.max_examples}. Set --max_steps and remove --max_examples",
+        ),
+        (
+            args.dataloader_num_workers > 0,
+            f"dataloader_num_workers={args.dataloader_num_workers}. Threads tokenize the stream. Remove this flag",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size=True, which would lose the position in the stream. Remove this flag",
+        ),
     ):
         if is_wrong:
-            raise ValueError(f"streaming=True with {message}.")
+            raise ValueError(f"streaming=True conflicts with {message}.")
     args.train_sampling_strategy = "sequential"
 
 
 def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
-    """The corpus that the flags name."""
+    """Open the dataset of the flags."""
     if args.streaming:
         assert args.dataset is not None
         return stream_documents(
@@ -58,7 +71,7 @@ def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
 
 
 def given_tokenizer(args: ModelArguments) -> PreTrainedTokenizerFast:
-    """`--tokenizer`, else that of `--model`."""
+    """Load the tokenizer of `--tokenizer`, or else of `--model`."""
     source = args.tokenizer or args.model
     assert source is not None
     tokenizer = load_tokenizer(source, model_max_length=context_length(args), trust_remote_code=args.trust_remote_code)
@@ -68,12 +81,12 @@ def given_tokenizer(args: ModelArguments) -> PreTrainedTokenizerFast:
 
 
 def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Documents) -> PreTrainedTokenizerFast:
-    """`--tokenizer`, else that of `--model`, else one trained on the corpus, which the cache keeps."""
+    """Load the tokenizer of `--tokenizer` or `--model`, or else train one on the documents and cache it."""
     if args.tokenizer or args.model:
         return given_tokenizer(args)
     length = context_length(args)
     vocab_size = trained_vocab_size(args, data_args)
-    # the version counts up when trained tokenizers change: 2 puts end-of-text in front of a text
+    # The leading number is the version of the training: 2 prepends end-of-text to a text.
     key = hashlib.blake2b(f"2 {documents.fingerprint} {vocab_size}".encode(), digest_size=16).hexdigest()
     folder = Path(data_args.cache_dir) / "tokenizers" / key
     if not folder.is_dir():
@@ -84,10 +97,10 @@ def prepare_tokenizer(args: ModelArguments, data_args: DataArguments, documents:
 def prepare_data(
     args: ModelArguments, data_args: DataArguments, documents: Documents | ShardedDocuments
 ) -> tuple[PreTrainedTokenizerFast, PreparedCorpus | StreamedCorpus]:
-    """The tokenizer and the tokenized corpus, or of one to be streamed the held-out part, made now or found in the
-    cache.
+    """Return the tokenizer and the tokenized corpus, from the cache if it has them.
 
-    Let one process of a machine do it first: the others then find what it made.
+    Of a stream, only the held-out part is tokenized. Call it in the main process first (`main_process_first`): the
+    other processes then read the cache.
     """
     if isinstance(documents, ShardedDocuments):
         split: dict[str, Any] = {"validation_fraction": data_args.validation_fraction, "seed": data_args.split_seed}
@@ -113,7 +126,7 @@ def training_rows(
     data_args: DataArguments,
     args: PretrainArguments,
 ) -> AlignedDocumentRows | ShuffledDocumentRows | StreamedRows:
-    """The rows to train on, of `length` tokens."""
+    """Return the training rows, of `length` tokens each."""
     if isinstance(corpus, PreparedCorpus):
         rows = AlignedDocumentRows if data_args.rows == "aligned" else ShuffledDocumentRows
         return rows(corpus.train, length, seed=args.seed)

@@ -1,4 +1,4 @@
-"""What a run will take, before it is run."""
+"""Estimates the size, memory, time and cost of a run before it starts."""
 
 from dataclasses import dataclass
 
@@ -9,27 +9,32 @@ from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..presets import preset
-from ..training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
+from ..training.arguments import DataArguments, ModelArguments
 from ..training.flops import flops_per_token, measure_flops_per_second
 from ..training.loading import build_config, context_length, trained_vocab_size
 from ..training.optimizers import hidden_matrices
+from .arguments import PlanArguments, PretrainArguments
 from .data import given_tokenizer, open_documents, prepare_data
 
 
-# Share of a large matrix product's rate that training reaches; nanoGPT and llm.c report 30 to 60 % on A100 and H100.
+# Fraction of the rate of a large matrix product that training reaches. nanoGPT and llm.c report 30 to 60% on A100 and
+# H100.
 UTILISATION = 0.4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
+    """The estimates of a run.
+
     Attributes:
-        num_parameters: of the model, embeddings included.
-        tokens_per_step, num_steps, num_tokens: of the run, over all devices.
-        memory_bytes: on one device, about: weights, gradients, optimizer, activations.
-        flops: of the run.
-        flops_per_second: assumed, over all devices.
-        price: None without `price_per_hour`.
+        num_parameters: number of parameters, with embeddings.
+        tokens_per_step: tokens in one optimizer step, over all devices.
+        num_steps: optimizer steps.
+        num_tokens: tokens in the whole run.
+        memory_bytes: memory on one device, for weights, gradients, optimizer state and activations.
+        flops: floating-point operations of the whole run.
+        flops_per_second: assumed rate, over all devices.
+        price: cost of the run, or None without `price_per_hour`.
     """
 
     num_parameters: int
@@ -49,9 +54,9 @@ class Plan:
         lines = [
             f"parameters        {self.num_parameters:,}",
             f"tokens per step   {self.tokens_per_step:,}",
-            f"tokens in all     {self.num_tokens:,} in {self.num_steps:,} steps "
+            f"total tokens      {self.num_tokens:,} in {self.num_steps:,} steps "
             f"({self.num_tokens / self.num_parameters:.1f} per parameter)",
-            f"memory, about     {self.memory_bytes / 2**30:.2f} GiB a device",
+            f"memory, about     {self.memory_bytes / 2**30:.2f} GiB per device",
             f"FLOPs             {self.flops:.3g}",
             f"time, about       {_duration(self.seconds)} at {self.flops_per_second:.3g} FLOP/s, without evaluations",
         ]
@@ -70,9 +75,14 @@ def _duration(seconds: float) -> str:
 def make_plan(
     config: MiniGPTConfig, args: PretrainArguments, options: PlanArguments, context_length: int, rows_per_epoch: int
 ) -> Plan:
-    """
+    """Estimate a run.
+
     Args:
-        rows_per_epoch: training rows; read only where `args.max_steps` does not say how long the run is.
+        config: configuration of the model.
+        args: arguments of the run.
+        options: arguments of the plan.
+        context_length: tokens in a row.
+        rows_per_epoch: number of training rows, used only if `args.max_steps` is not set.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -83,7 +93,7 @@ def make_plan(
         num_steps = -(-int(rows_per_epoch * args.num_train_epochs) // args.rows_per_step)
     num_tokens = num_steps * tokens_per_step
 
-    # weight and gradient, two moments for AdamW and one for Muon, all float32
+    # weights, gradients, and two moments for AdamW or one for Muon, in float32
     num_in_muon = sum(p.numel() for p in hidden_matrices(model).values()) if args.optimizer == "muon" else 0
     state_bytes = 16 * num_parameters - 4 * num_in_muon
     flops = flops_per_token(config, num_parameters, context_length) * num_tokens
@@ -111,16 +121,16 @@ def make_plan(
 def plan_pretraining(
     model_args: ModelArguments, data_args: DataArguments, options: PlanArguments, args: PretrainArguments
 ) -> Plan:
-    """The plan of `recipes/pretrain.py` with these flags.
+    """Return the plan of `recipes/pretrain.py` with these flags.
 
-    Only a run whose length is given in epochs needs the corpus for it, which is then tokenized as the run would do it.
+    If the length of the run is given in epochs, the dataset is tokenized as in the run. Otherwise it is not read.
     """
     length = context_length(model_args)
     rows_per_epoch = 0
     if args.max_steps <= 0:
         tokenizer, corpus = prepare_data(model_args, data_args, open_documents(data_args))
         config = build_config(model_args, tokenizer)
-        # a stream has no length, and comes with max_steps
+        # streams require max_steps
         assert isinstance(corpus, PreparedCorpus)
         rows_per_epoch = len(ShuffledDocumentRows(corpus.train, length))
     elif model_args.tokenizer or model_args.model:
@@ -132,15 +142,19 @@ def plan_pretraining(
 
 
 def _activation_bytes(config: MiniGPTConfig, args: PretrainArguments, context_length: int, item_size: int) -> float:
-    """What the backward pass keeps, roughly: the tensors of a block without dropout and with fused attention (as in
-    Korthikanti et al., arXiv 2205.05198), and one chunk of logits."""
+    """Estimate the memory of the activations that the backward pass needs.
+
+    Counts the tensors of a block without dropout and with fused attention (Korthikanti et al., arXiv 2205.05198), and
+    one chunk of logits.
+    """
     tokens = args.train_batch_size * context_length
     assert config.head_dim is not None and config.intermediate_size is not None
     inner = config.num_attention_heads * config.head_dim
-    # norm's input and output twice, residual sums; queries, keys, values and output; before and after the activation
+    # inputs and outputs of two norms and the residual sums; queries, keys, values, output; inputs and outputs of the
+    # activation
     kept_in_block = 6 * config.hidden_size + 5 * inner + 2 * config.intermediate_size
     blocks = config.num_hidden_layers * kept_in_block
-    # before transformers 5.23 it has its old name only
+    # transformers before 5.23 has only the old name
     if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
         blocks = config.num_hidden_layers * config.hidden_size + kept_in_block
     # logits, their exponentials and gradient, in float32

@@ -1,5 +1,6 @@
-"""How many floating-point operations training takes, and how many a device does in a second."""
+"""Counts the floating-point operations of training, and measures those of a device per second."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.products_minigpt import linear
 
 
-# Dense bf16 / fp16 tensor-core FLOP/s of the vendor's data sheets, by part of the device's name.
+# Dense bf16 / fp16 tensor-core FLOP/s from the vendor's data sheets, by part of the device's name.
 PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
@@ -22,16 +23,16 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: int) -> float:
-    """FLOPs of one token's forward and backward pass: nanoGPT's `6 N + 12 L H Q T` (PaLM, appendix B).
+    """Return the FLOPs of one token's forward and backward pass, `6 N + 12 L H Q T` (PaLM, appendix B; nanoGPT).
 
-    N leaves out tables that are only looked up in.
+    N excludes tables that are used only for lookup.
     """
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    lookup_only = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     if config.position_embedding_type == "learned":
-        looked_up += config.max_position_embeddings * config.hidden_size
+        lookup_only += config.max_position_embeddings * config.hidden_size
     assert config.head_dim is not None
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
-    return 6 * (num_parameters - looked_up) + 12 * attention
+    return 6 * (num_parameters - lookup_only) + 12 * attention
 
 
 def measure_flops_per_second(
@@ -41,7 +42,15 @@ def measure_flops_per_second(
     size: int | None = None,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear,
 ) -> float:
-    """Rate of a large square matrix product on a device, by default as the model computes it; `size` is its side."""
+    """Measure the FLOP/s of a large square matrix product on a device.
+
+    Args:
+        device: where to measure.
+        dtype: of the matrices.
+        seconds: duration of the measurement.
+        size: number of rows and columns. Default: 8192 on a GPU, 1024 on a CPU.
+        product: the matrix product. Default: the one that the model uses.
+    """
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     product(a, b)
@@ -59,9 +68,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@functools.cache
 def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What the share of a device's peak (MFU) refers to: a known GPU's data sheet for 16-bit products, else the rate
-    of a large matrix product, measured."""
+    """Return the peak FLOP/s that the model FLOPs utilization (MFU) refers to.
+
+    For 16-bit products on a known GPU it is from the data sheet, otherwise measured with a large matrix product, once
+    per process.
+    """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for part, flops in PEAK_FLOPS.items():
             if part in torch.cuda.get_device_name(device):

@@ -1,4 +1,4 @@
-"""The model that a finetuning recipe starts from, with its tokenizer: ours, or one that converts."""
+"""Builds the model of a run, or loads the checkpoint that it starts from, with its tokenizer."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -28,36 +28,40 @@ from .checkpoints.sealing import MANIFEST, verify_checkpoint
 
 Model = TypeVar("Model", bound=MiniGPTPreTrainedModel)
 
-# Entries of a tokenizer trained by default. The tales have some 300 words; for real text a small model on a CPU spends
-# most of its time in a large vocabulary's head, and the benchmark counts bits per byte, which compare across sizes.
+# Default vocabulary sizes of a trained tokenizer. The tales have about 300 words. On other text, a small model on a
+# CPU would spend most of its time in the output head of a larger vocabulary.
 TALES_VOCAB_SIZE = 1024
 DEFAULT_VOCAB_SIZE = 4096
-# A table grows to a multiple of this, which matrix products on a GPU want.
+# Embedding tables are padded to a multiple of this, for fast matrix products on a GPU.
 MULTIPLE = 64
-NEW_WITH_A_HEAD: dict[type, set[str]] = {
-    MiniGPTForSequenceClassification: {
-        "score.weight",
-        "pool_query.weight",
-        "lm_head.weight",
-        "lm_head.bias",
-    }
+# Weights that a checkpoint with another head may lack, by the class of the model
+NEW_HEAD_WEIGHTS: dict[type, set[str]] = {
+    MiniGPTForSequenceClassification: {"score.weight", "pool_query.weight", "lm_head.weight", "lm_head.bias"}
 }
-# What a config takes from PreTrainedConfig rather than from MiniGPTConfig
+# Fields of PreTrainedConfig that MiniGPTConfig does not declare
 LABELS = ("num_labels", "id2label", "label2id")
 
 
 def check_base_exists(name_or_path: str | None, tokenizer: str | None = None, trust_remote_code: bool = False) -> None:
-    """Raise ValueError where a base model or a tokenizer cannot be found, before data are read; None is no name."""
+    """Check that a base model and a tokenizer can be found, before the data are read. None is not checked.
+
+    Raises:
+        ValueError: if one of them is neither a folder nor on the Hub.
+    """
     try:
         if name_or_path is not None and not is_adapter(name_or_path):
             conversion.detect_layout(name_or_path)
     except OSError as error:
-        raise ValueError(f"model={name_or_path!r} is neither a model's folder nor one on the Hub: {error}") from error
+        raise ValueError(
+            f"model={name_or_path!r} is neither a folder with a model nor a name on the Hub: {error}"
+        ) from error
     try:
         if tokenizer is not None:
             load_tokenizer(tokenizer, trust_remote_code=trust_remote_code, add_end_of_text=True)
     except OSError as error:
-        raise ValueError(f"tokenizer={tokenizer!r} is neither a folder with one nor on the Hub: {error}") from error
+        raise ValueError(
+            f"tokenizer={tokenizer!r} is neither a folder with a tokenizer nor a name on the Hub: {error}"
+        ) from error
 
 
 def load_base_model(
@@ -72,21 +76,24 @@ def load_base_model(
     """
     Load a checkpoint for finetuning, in float32.
 
-    A GPT-2, GPT-1, nanoGPT or NanoChat checkpoint is converted. A tokenizer without `<|endoftext|>` or `<|pad|>` gets
-    them, and the token table grows where it has no rows for them; the config's special ids are then the tokenizer's.
-    An adapter's folder gives its base model with the adapter merged.
+    GPT-2, GPT-1, nanoGPT and NanoChat checkpoints are converted. `<|endoftext|>` and `<|pad|>` are added to a
+    tokenizer that lacks them. If the embedding table has no rows for them, it is extended, and the special ids of the
+    config are set to those of the tokenizer. From the folder of an adapter, the base model is loaded with the adapter
+    merged.
 
     Args:
-        model_class: the head that is wanted. Another head's trunk is taken, and what is missing starts afresh.
-        name_or_path: a folder, a name on the Hub, or nanoGPT's ckpt.pt.
-        tokenizer: folder or Hub name; default: `name_or_path`.
-        config_overrides: fields of `MiniGPTConfig` that may differ from the checkpoint's (dropout, `num_labels`, ...).
+        model_class: class of the model. Weights of its head that the checkpoint lacks are newly initialized.
+        name_or_path: a folder, a name on the Hub, or a ckpt.pt of nanoGPT.
+        tokenizer: folder or Hub name of the tokenizer. Default: `name_or_path`.
+        trust_remote_code: whether to run code from the repository of the checkpoint.
+        attn_implementation: attention implementation. Default: that of transformers.
+        config_overrides: fields of `MiniGPTConfig` that replace those of the checkpoint (dropout, `num_labels`, ...).
 
     Returns:
-        The model, and the tokenizer whose `model_max_length` is the model's context.
+        The model, and its tokenizer with `model_max_length` set to the model's context length.
 
     Raises:
-        ValueError: a checkpoint that does not convert or is damaged, or a tokenizer that is not the model's.
+        ValueError: if the checkpoint is damaged or cannot be converted, or the tokenizer does not fit the model.
     """
     if is_adapter(name_or_path):
         with merged(name_or_path, trust_remote_code=trust_remote_code) as folder:
@@ -101,32 +108,31 @@ def load_base_model(
     layout = conversion.detect_layout(name_or_path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if layout == "minigpt":
-        may_be_new = NEW_WITH_A_HEAD.get(model_class, set())
         model: Any = load_checkpoint(
-            model_class, name_or_path, may_be_new, trust_remote_code=trust_remote_code, **options, **config_overrides
+            model_class,
+            name_or_path,
+            NEW_HEAD_WEIGHTS.get(model_class, set()),
+            trust_remote_code=trust_remote_code,
+            **options,
+            **config_overrides,
         )
     else:
-        model = _convert(model_class, layout, name_or_path, config_overrides)
+        model = _convert_checkpoint(model_class, layout, name_or_path, config_overrides)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
     assert isinstance(model, model_class)
-    tokenizer_source = tokenizer or _folder(name_or_path)
+    path = Path(name_or_path)
     loaded_tokenizer = load_tokenizer(
-        tokenizer_source,
+        tokenizer or (str(path.parent) if path.suffix == ".pt" else name_or_path),
         model_max_length=model.config.max_position_embeddings,
         trust_remote_code=trust_remote_code,
         add_end_of_text=True,
     )
-    _fit(model, loaded_tokenizer, converted=layout != "minigpt")
+    _fit_to_tokenizer(model, loaded_tokenizer, converted=layout != "minigpt")
     return model, loaded_tokenizer
 
 
-def _folder(name_or_path: str) -> str:
-    path = Path(name_or_path)
-    return str(path.parent) if path.suffix == ".pt" else name_or_path
-
-
-def _convert(model_class: type[Model], layout: str, name_or_path: str, overrides: dict[str, Any]) -> Model:
+def _convert_checkpoint(model_class: type[Model], layout: str, name_or_path: str, overrides: dict[str, Any]) -> Model:
     labels = {name: overrides.pop(name) for name in LABELS if name in overrides}
     source = conversion.FROM[layout](name_or_path, **overrides).float()
     for name, value in labels.items():
@@ -135,20 +141,20 @@ def _convert(model_class: type[Model], layout: str, name_or_path: str, overrides
         return source
     model = model_class(source.config)
     info = model.load_state_dict(source.state_dict(), strict=False)
-    missing = set(info.missing_keys) - NEW_WITH_A_HEAD.get(model_class, set())
+    missing = set(info.missing_keys) - NEW_HEAD_WEIGHTS.get(model_class, set())
     if missing:
-        raise ValueError(f"model={name_or_path!r} has no {', '.join(sorted(missing))}: give a language model.")
+        raise ValueError(f"model={name_or_path!r} has no {', '.join(sorted(missing))}. Choose a language model.")
     return model.eval()
 
 
-def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, converted: bool) -> None:
+def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, converted: bool) -> None:
     config = model.config
     assert isinstance(config, MiniGPTConfig)
     real_ids = config.vocab_size if config.unpadded_vocab_size is None else config.unpadded_vocab_size
     ids = num_ids(tokenizer)
     num_new = ids - real_ids
     if converted and -num_new in range(1, MULTIPLE):
-        # a table padded by a project that does not say so
+        # the source project padded its table without recording it
         config.unpadded_vocab_size = ids
     elif 0 < num_new <= 2:
         model.resize_token_embeddings(ids, pad_to_multiple_of=MULTIPLE)
@@ -161,10 +167,10 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, converted: 
 
 
 def context_length(args: ModelArguments) -> int:
-    """Tokens in a row: the flag, else the model's own.
+    """Return the number of tokens in a row: `--context_length`, or else that of the model.
 
     Raises:
-        ValueError: longer than the table of learned positions of the checkpoint to go on from.
+        ValueError: if it exceeds the learned positions of the checkpoint.
     """
     if args.model is None:
         overrides = args.overrides()
@@ -174,29 +180,34 @@ def context_length(args: ModelArguments) -> int:
     own = config.max_position_embeddings
     if args.context_length is not None and args.context_length > own and config.position_embedding_type == "learned":
         raise ValueError(
-            f"context_length={args.context_length} is beyond the {own} learned positions of {args.model}: choose at "
+            f"context_length={args.context_length} exceeds the {own} learned positions of {args.model}. Set it to at "
             f"most {own}."
         )
     return args.context_length or own
 
 
 def checkpoint_config(args: ModelArguments) -> MiniGPTConfig:
+    """Load the configuration of `--model`.
+
+    Raises:
+        ValueError: if it is not a MiniGPT.
+    """
     assert args.model is not None
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if not isinstance(config, MiniGPTConfig):
         raise ValueError(
-            f"model={args.model!r} is a {config.model_type}, not a MiniGPT: convert it first with recipes/convert.py."
+            f"model={args.model!r} is a {config.model_type}, not a MiniGPT. Convert it with recipes/convert.py."
         )
     return config
 
 
 def trained_vocab_size(args: ModelArguments, data_args: DataArguments) -> int:
-    """Entries of the tokenizer that would be trained."""
+    """Return the vocabulary size of a tokenizer trained on the dataset."""
     return args.vocab_size or (TALES_VOCAB_SIZE if data_args.dataset is None else DEFAULT_VOCAB_SIZE)
 
 
 def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTConfig:
-    """The configuration of a model for this tokenizer."""
+    """Return the configuration of `--model`, or else of a new model for this tokenizer."""
     if args.model is not None:
         return checkpoint_config(args)
     table, ids = padded_vocab_size(tokenizer), num_ids(tokenizer)
@@ -212,7 +223,7 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Mi
 
 
 def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> MiniGPTForCausalLM:
-    """The model to train, in float32: the checkpoint to go on from, else a fresh one; it samples when it generates."""
+    """Load `--model`, or else build a new model, in float32. Its generation config is set to sample."""
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
         model = load_checkpoint(
@@ -232,38 +243,39 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Min
 
 
 def load_checkpoint(
-    model_class: type, name_or_path: str, may_be_new: Container[str] = (), **options: Any
+    model_class: type, name_or_path: str, allow_missing: Container[str] = (), **options: Any
 ) -> MiniGPTForCausalLM:
-    """A checkpoint of ours in float32; nothing of it may be missing or of another shape, unless listed.
+    """Load a MiniGPT checkpoint in float32, and check that it is complete.
 
     Args:
-        model_class: an Auto class or a class of ours.
-        may_be_new: parameters that may be missing in the checkpoint, and then start afresh.
-        options: of `from_pretrained`; fields of the config among them.
+        model_class: an Auto class or a MiniGPT class.
+        name_or_path: a folder or a name on the Hub.
+        allow_missing: names of weights that the checkpoint may lack. They are newly initialized.
+        options: options of `from_pretrained`, including fields of the config.
 
     Raises:
-        ValueError: a damaged or incomplete checkpoint.
+        ValueError: if the checkpoint is damaged, or another weight is missing or has the wrong shape.
     """
     if Path(name_or_path, MANIFEST).is_file():
         verify_checkpoint(name_or_path)
-    remedy = "Its files are damaged or incomplete, or belong to another config.json: get them again."
+    remedy = "Its files are damaged, incomplete, or do not match its config.json. Download or save them again."
     try:
-        # mismatched ones would be an error that does not name them
+        # otherwise from_pretrained raises an error that does not name the mismatched weights
         loaded: Any = model_class.from_pretrained(  # type: ignore[attr-defined]
             name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (SafetensorError, RuntimeError, UnpicklingError) as error:
         raise ValueError(f"model={name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} {remedy}") from error
     model, info = loaded
-    # transformers starts these afresh
-    missing = [name for name in sorted(info["missing_keys"]) if name not in may_be_new]
+    # transformers initializes these without an error
+    missing = [name for name in sorted(info["missing_keys"]) if name not in allow_missing]
     if missing:
         raise ValueError(f"model={name_or_path!r} has no {', '.join(missing)}. {remedy}")
-    mismatched = [keys for keys in sorted(info["mismatched_keys"]) if keys[0] not in may_be_new]
+    mismatched = [keys for keys in sorted(info["mismatched_keys"]) if keys[0] not in allow_missing]
     if mismatched:
         name, found, expected = mismatched[0]
         raise ValueError(
-            f"model={name_or_path!r} has {name} of shape {tuple(found)} where its config.json wants "
+            f"model={name_or_path!r} has {name} of shape {tuple(found)}, but its config.json requires "
             f"{tuple(expected)}. {remedy}"
         )
     return model

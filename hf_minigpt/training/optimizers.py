@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks with AdamW for the rest, as one optimizer; and plain AdamW."""
+"""The optimizers: Muon for the weight matrices of the blocks combined with AdamW for the rest, and plain AdamW."""
 
 import math
 import re
@@ -16,33 +16,34 @@ from transformers import PreTrainedModel
 from ..model.products_minigpt import batched_product
 
 
-# Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon): steepest at zero, and all
-# singular values end between 0.7 and 1.2 or so.
+# Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon). They maximize the slope at
+# zero; all singular values end between about 0.7 and 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 Scaling = Literal["original", "moonlight"]
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest orthogonal matrix U V^T of each matrix U S V^T, roughly: singular values end near 1, not at it.
+    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T by Newton-Schulz iterations.
 
-    Runs in bfloat16 on a GPU that computes in it. Elsewhere in float32: bfloat16 is 40 times slower on most CPUs.
+    Singular values end near 1, but not exactly at 1. Runs in bfloat16 on GPUs that support it and in float32
+    elsewhere, because bfloat16 is 40 times slower on most CPUs.
 
     Args:
-        matrices: (..., rows, columns); a batch of one shape takes one kernel a step instead of one a matrix.
-        steps: of Newton-Schulz.
+        matrices: (..., rows, columns). A batch needs one kernel per step instead of one per matrix.
+        steps: number of iterations.
 
     Returns:
-        (..., rows, columns), float32 or bfloat16.
+        (..., rows, columns), in float32 or bfloat16.
     """
     in_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
     shape = x.shape
-    # the products are of the size of the shorter side
+    # the products x x^T then have the size of the shorter side
     transposed = shape[-2] > shape[-1]
     x = (x.mT if transposed else x).reshape(-1, min(shape[-2:]), max(shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # Twice as wide as high, the iteration on x x^T takes half the time; bfloat16 is too coarse for it.
+    # If x is at least twice as wide as high, iterating on x x^T takes half the time. bfloat16 is too coarse for it.
     if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
         x = batched_product(_polynomial_of_gram(x, steps), x)
     else:
@@ -53,13 +54,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def _quintic(gram: torch.Tensor) -> torch.Tensor:
-    """b G + c G^2: with a I it is what one iteration multiplies x by, where G = x x^T."""
+    """Return b G + c G^2 with G = x x^T. One iteration multiplies x by a I plus this."""
     _, b, c = NEWTON_SCHULZ
     return batched_product(gram, gram).mul_(c).add_(gram, alpha=b)
 
 
 def _polynomial_of_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """The product of what all iterations multiply x (N, rows, columns) by: (N, rows, rows).
+    """Return the product (N, rows, rows) of the factors by which all iterations multiply x (N, rows, columns).
 
     With P = a I + b G + c G^2, which commutes with G, the next x is P x and the next G is P G P.
     """
@@ -75,27 +76,30 @@ def _polynomial_of_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
 
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Each parameter group says by `kind` how it is stepped:
+    Muon and AdamW in one optimizer. The `kind` of a parameter group selects the algorithm:
 
-    - `muon`: Nesterov momentum, orthogonalised (Jordan et al., 2024), with decoupled weight decay; matrices only.
-    - `adamw`: AdamW (Loshchilov & Hutter, 2019), by torch's own kernels, fused where there are any.
+    - `muon`: Nesterov momentum, orthogonalized (Jordan et al., 2024), with decoupled weight decay. For matrices only.
+    - `adamw`: AdamW (Loshchilov & Hutter, 2019), with torch's kernels, fused where available.
 
-    State is made in the first `step`, because accelerate exchanges the parameters' tensors after construction.
+    State is created in the first `step`, because accelerate replaces the parameters' tensors after construction.
     Parameters may be DTensors (FSDP2).
 
     Args:
-        param_groups: dictionaries with `params`, `kind`, and whatever differs from the defaults below.
+        param_groups: dictionaries with `params`, `kind`, and values that replace the defaults below.
         lr: learning rate.
-        weight_decay: per step, times the learning rate.
-        momentum, newton_schulz_steps: of Muon.
-        momentum_warmup_steps: steps in which Muon's momentum rises to `momentum` from `initial_momentum`: an
-            average over the first, quickly changing gradients would be stale.
-        scaling: Muon's update times `sqrt(max(1, rows / columns))` (`original`) or `0.2 sqrt(max(rows, columns))`
-            (`moonlight`, arXiv 2502.16982: the root mean square of AdamW's update, so that its lr can be used).
-        betas, eps: of AdamW.
+        weight_decay: weight decay, multiplied by the learning rate in each step.
+        momentum: momentum of Muon.
+        initial_momentum: momentum of Muon in the first step. The first gradients change quickly, so that an average
+            over many steps would be stale.
+        momentum_warmup_steps: steps over which the momentum rises from `initial_momentum` to `momentum`.
+        newton_schulz_steps: iterations of `orthogonalize`.
+        scaling: factor of Muon's update: `sqrt(max(1, rows / columns))` (`original`) or `0.2 sqrt(max(rows, columns))`
+            (`moonlight`, arXiv 2502.16982, which matches the root mean square of AdamW's update, and so its lr).
+        betas: decay rates of AdamW's moments.
+        eps: epsilon of AdamW.
 
     Raises:
-        ValueError: an unknown kind or scaling, or a parameter that is not a matrix in a `muon` group.
+        ValueError: for an unknown kind or scaling, or a parameter in a `muon` group that is not a matrix.
     """
 
     def __init__(
@@ -112,31 +116,33 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ):
         if scaling not in ("original", "moonlight"):
-            raise ValueError(f"scaling={scaling!r} is unknown: choose 'original' or 'moonlight'.")
+            raise ValueError(f"scaling={scaling!r} is unknown. Choose 'original' or 'moonlight'.")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "initial_momentum": initial_momentum,
             "momentum_warmup_steps": momentum_warmup_steps,
-            # steps taken so far; here, not in `state`, so that it is one number a group
+            # steps taken so far, once per group instead of once per parameter in `state`
             "num_steps": 0,
             "newton_schulz_steps": newton_schulz_steps,
             "scaling": scaling,
             "betas": betas,
             "eps": eps,
-            # load_state_dict reads it: AdamW's step counts then come back on the parameters' device
+            # makes load_state_dict put AdamW's step counts on the parameters' device
             "fused": True,
         }
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             if group.get("kind") not in ("muon", "adamw"):
-                raise ValueError(f"kind={group.get('kind')!r} of a parameter group: choose 'muon' or 'adamw'.")
+                raise ValueError(
+                    f"kind={group.get('kind')!r} of a parameter group is unknown. Choose 'muon' or 'adamw'."
+                )
             for parameter in group["params"]:
                 if group["kind"] == "muon" and parameter.ndim != 2:
                     raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} in a group of kind='muon', which "
-                        "orthogonalises matrices: put it into a group of kind='adamw'."
+                        f"A parameter of shape {tuple(parameter.shape)} is in a group of kind='muon', which is for "
+                        "matrices only. Move it to a group of kind='adamw'."
                     )
 
     @torch.no_grad()
@@ -165,14 +171,14 @@ class MuonAdamW(torch.optim.Optimizer):
             lr, momentum = group["lr"], _momentum(group)
             buffers = [self.state[p]["momentum_buffer"] for p in stack]
             torch._foreach_lerp_(buffers, _grads(stack), 1 - momentum)
-            directions = [_whole(tensor) for tensor in torch._foreach_lerp(_grads(stack), buffers, momentum)]
+            directions = [_full_tensor(tensor) for tensor in torch._foreach_lerp(_grads(stack), buffers, momentum)]
             updates = orthogonalize(torch.stack(directions), group["newton_schulz_steps"]).to(dtype)
             if group["scaling"] == "original":
                 scale = math.sqrt(max(1, rows / columns))
             else:
                 scale = 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-            shards = [_sharded_like(p, update) for p, update in zip(stack, updates.unbind(), strict=True)]
+            shards = [_shard_like(p, update) for p, update in zip(stack, updates.unbind(), strict=True)]
             torch._foreach_add_(stack, shards, alpha=-lr * scale)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
@@ -203,19 +209,19 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-# A matrix that FSDP2 has cut into pieces is orthogonalised as a whole, by each process: only then is the run the same
-# on any number of them.
+# Each process orthogonalizes the whole of a matrix that FSDP2 shards, so that a run is the same on any number of
+# processes.
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharded_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def _shard_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
-        return whole
-    # every process has the whole already: none sends anything
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return full
+    # every process has the full tensor, so that nothing is sent
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _momentum(group: dict[str, Any]) -> float:
@@ -232,9 +238,9 @@ def _has_fused_kernel(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers inside the blocks, by name: what Muon is for.
+    """Return the trainable weights of the linear layers inside the blocks, by name. Muon trains these.
 
-    A block is a numbered module (`layers.3`). Embeddings, the output head and what is a classifier's own are outside.
+    A block is a numbered module (`layers.3`). Embeddings, the output head and the head of a classifier are not in one.
     """
     return {
         f"{name}.weight": module.weight
@@ -255,14 +261,19 @@ def muon_adamw(
     scaling: Scaling = "original",
     layer_decay: float = 1.0,
 ) -> MuonAdamW:
-    """Muon on `hidden_matrices(model)`, AdamW on the embeddings, the head, norms and biases.
+    """Make an optimizer with Muon for `hidden_matrices(model)` and AdamW for embeddings, head, norms and biases.
 
     Args:
-        learning_rate: of AdamW.
-        matrix_learning_rate: of Muon.
-        embedding_learning_rate: of the embedding tables; None: 0.3 of the standard deviation they start at.
-        weight_decay: of everything that is a matrix.
-        layer_decay: of `decayed_by_layer`.
+        model: the model to train.
+        learning_rate: learning rate of AdamW.
+        matrix_learning_rate: learning rate of Muon.
+        embedding_learning_rate: learning rate of the embedding tables. Default: 0.3 times their initial standard
+            deviation.
+        weight_decay: weight decay of all matrices.
+        betas: decay rates of AdamW's moments.
+        eps: epsilon of AdamW.
+        scaling: as in `MuonAdamW`.
+        layer_decay: as in `decayed_by_layer`.
     """
     matrices = hidden_matrices(model)
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -274,7 +285,7 @@ def muon_adamw(
     }
     if embedding_learning_rate is None:
         embedding_learning_rate = 0.3 * model.config.initializer_range
-    # the first group's learning rate is the one that the Trainer logs
+    # the Trainer logs the learning rate of the first group
     groups = [
         {"kind": "muon", "params": list(matrices.values()), "lr": matrix_learning_rate},
         {"kind": "adamw", "params": adamw_groups["embeddings"], "lr": embedding_learning_rate},
@@ -300,7 +311,7 @@ def adamw_decaying_matrices(
     eps: float = 1e-8,
     layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW, fused where it can be, with weight decay on matrices (embeddings too) and not on norms and biases."""
+    """Make an AdamW, fused if possible, with weight decay on matrices and embeddings but not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
@@ -316,13 +327,15 @@ def adamw_decaying_matrices(
 
 
 def decayed_by_layer(groups: list[dict[str, Any]], model: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups split by layer: each block's learning rates are `layer_decay` times those of the block above.
+    """Split parameter groups by layer, and multiply the learning rate by `layer_decay` per layer below the top.
 
-    What is above all blocks keeps its rate, the embeddings are one step below the lowest block (discriminative
-    finetuning: Howard & Ruder, 2018, with a factor of 1 / 2.6; smaller steps for larger models).
+    Parameters above all blocks keep their learning rate. The embeddings count as one layer below the lowest block.
+    This is discriminative finetuning (Howard & Ruder, 2018), which uses a factor of 1 / 2.6.
 
     Args:
-        groups: each with `params` and `lr`.
+        groups: parameter groups with `params` and `lr`.
+        model: the model with these parameters.
+        layer_decay: factor per layer.
     """
     if layer_decay == 1:
         return groups
@@ -334,8 +347,8 @@ def decayed_by_layer(groups: list[dict[str, Any]], model: nn.Module, layer_decay
         by_depth: dict[int, list[torch.Tensor]] = defaultdict(list)
         for p in group["params"]:
             number = blocks[id(p)]
-            top = num_blocks + 1 if id(p) in embeddings else 0
-            by_depth[top if number is None else num_blocks - number].append(p)
+            outside = num_blocks + 1 if id(p) in embeddings else 0
+            by_depth[outside if number is None else num_blocks - number].append(p)
         split += [
             group | {"params": parameters, "lr": group["lr"] * layer_decay**depth}
             for depth, parameters in sorted(by_depth.items())
@@ -349,14 +362,14 @@ def _block_number(name: str) -> int | None:
 
 
 class OptimizerFactory:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` calls as `OptimizerFactory()(model, **kwargs)`."""
+    """Makes the optimizer from the model. The Trainer calls `OptimizerFactory()(model, **kwargs)`."""
 
     def __call__(self, model: PreTrainedModel, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
         return muon_adamw(model, **kwargs) if kind == "muon" else adamw_decaying_matrices(model, **kwargs)
 
 
 def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:
-    """The Trainer's argument of that name, from `RecipeArguments`; None leaves the choice to `--optim`."""
+    """Return the Trainer's argument of that name for `RecipeArguments`. None: the Trainer uses `--optim`."""
     kwargs: dict[str, Any] = {
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,

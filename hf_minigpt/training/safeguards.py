@@ -1,4 +1,4 @@
-"""What keeps a run alive, and what it has made, when something beside the training goes wrong."""
+"""Keeps a run going if something optional fails, such as a plot or the encoding of the output."""
 
 import logging
 import sys
@@ -12,24 +12,24 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Let a run go on without something that it can do without: an exception becomes a warning.
+    """Log exceptions inside the block as warnings, so that a run continues if an optional step fails.
 
     Args:
-        what: is done inside, as the warning names it: "drawing loss.png".
+        what: description of the step for the warning, such as "drawing loss.png".
     """
     try:
         yield
     except Exception:
-        logger.warning("%s failed; the run goes on without it.", what[:1].upper() + what[1:], exc_info=True)
+        logger.warning("%s failed. The run continues without it.", what[:1].upper() + what[1:], exc_info=True)
 
 
 def written(folder: str | Path, *names: str) -> str:
-    """Those of the files that a run has written, for its last words: ", README.md, loss.png"."""
+    """Return those of the files that exist in a folder, as in ", README.md, loss.png"."""
     return "".join(f", {name}" for name in names if Path(folder, name).is_file())
 
 
 def allow_any_output() -> None:
-    """Let standard output and error take every character: one that their encoding lacks is written as an escape."""
+    """Make standard output and error escape the characters that their encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -37,6 +37,6 @@ def allow_any_output() -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what standard output cannot write."""
+    """Return `text` with escapes for the characters that the encoding of standard output lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,4 +1,4 @@
-"""The optimizer's settings that a run hands down to the next one on its model, as JSON beside the model."""
+"""Saves the optimizer settings of a run with its model, as defaults for finetuning that model."""
 
 import json
 import math
@@ -17,27 +17,27 @@ INHERITED = (
 
 
 def save_settings(args: Any, folder: str | Path) -> None:
-    """Write those of a run's arguments that the next one inherits."""
+    """Save the settings of a run that a later run on its model inherits."""
     settings = {name: getattr(args, name) for name in INHERITED if hasattr(args, name)}
     Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_settings(folder: str | Path) -> dict[str, Any] | None:
-    """What `save_settings` wrote, None where it did not. Fields that are unknown here are left out.
+    """Load the settings of `save_settings`, or return None if the folder has none. Unknown fields are ignored.
 
     Raises:
-        ValueError: the file is damaged, or has a value that the flag of that name cannot take.
+        ValueError: if the file is damaged, or a value is not valid for the flag of that name.
     """
     path = Path(folder, SETTINGS_FILE)
     if not path.is_file():
         return None
-    remedy = "mend it, or remove the file and give the settings as flags."
+    remedy = "Repair the file, or remove it and give the settings as flags."
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+        raise ValueError(f"{path} cannot be read ({error}). {remedy}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no object of settings: {remedy}")
+        raise ValueError(f"{path} is not a JSON object. {remedy}")
     settings = {name: settings[name] for name in INHERITED if name in settings}
     for name, value in settings.items():
         if name in CHOICES:
@@ -47,6 +47,6 @@ def load_settings(folder: str | Path) -> dict[str, Any] | None:
         else:
             fits = type(value) in (int, float) and math.isfinite(value) and value >= 0
         if not fits:
-            wanted = "one of " + ", ".join(CHOICES[name]) if name in CHOICES else "a number from 0"
-            raise ValueError(f"{path}: {name} is {value!r:.60}, and must be {wanted}: {remedy}")
+            allowed = "one of " + ", ".join(CHOICES[name]) if name in CHOICES else "a finite number of at least 0"
+            raise ValueError(f"{path}: {name}={value!r:.60} must be {allowed}. {remedy}")
     return settings

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import Trainer
 
 from ..data.rows import Rows
-from .arguments import PretrainArguments
+from .arguments import LanguageModelArguments
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
 from .settings import save_settings
@@ -29,7 +29,7 @@ class LanguageModelTrainer(Trainer):
     - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
     """
 
-    args: PretrainArguments
+    args: LanguageModelArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from hf_minigpt import MiniGPTForCausalLM, preset
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.pretraining.data import open_documents, prepare_data
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PretrainArguments, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, use_all_cores
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.trainer import LanguageModelTrainer
 

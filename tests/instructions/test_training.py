@@ -34,8 +34,8 @@ from hf_minigpt.instructions.trainer import (
     inherited_settings,
     prepare_for_chat,
 )
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.settings import save_settings
 from hf_minigpt.training.trainer import end_training
@@ -135,13 +135,13 @@ def test_the_trainer_saves_what_is_handed_down(tmp_path):
     ("text", "message"),
     [
         ("{", "training_settings.json cannot be read"),
-        ("[]", "holds no object"),
-        ('{"optimizer": "lion"}', "optimizer is 'lion', and must be one of muon, adamw, trainer: mend it, or remove"),
-        ('{"optimizer": ["muon"]}', "optimizer is"),
-        ('{"learning_rate": "1e-3"}', "learning_rate is '1e-3', and must be a number from 0"),
-        ('{"learning_rate": null}', "learning_rate is None"),
-        ('{"weight_decay": NaN}', "weight_decay is nan"),
-        ('{"adam_beta1": true}', "adam_beta1 is True"),
+        ("[]", "is not a JSON object"),
+        ('{"optimizer": "lion"}', "optimizer='lion' must be one of muon, adamw, trainer. Repair the file, or remove"),
+        ('{"optimizer": ["muon"]}', r"optimizer=\['muon'\] must"),
+        ('{"learning_rate": "1e-3"}', "learning_rate='1e-3' must be a finite number of at least 0"),
+        ('{"learning_rate": null}', "learning_rate=None must"),
+        ('{"weight_decay": NaN}', "weight_decay=nan must"),
+        ('{"adam_beta1": true}', "adam_beta1=True must"),
     ],
 )
 def test_damaged_settings_are_named(text, message, tmp_path):

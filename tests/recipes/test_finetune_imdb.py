@@ -17,9 +17,10 @@ from hf_minigpt.classification import report
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
 from hf_minigpt.classification.data import load_reviews, text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
-from hf_minigpt.training.arguments import ModelArguments, parse
+from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.lora import LoraArguments
+from hf_minigpt.training.parsing import parse
 
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_pretrained_model_becomes_a_documented_classifier(pretrained, reviews, f
         assert (output / name).is_file(), name
     card = (output / "README.md").read_text()
     assert f"{results['test_accuracy']:.2%}" in card and "pipeline_tag: text-classification" in card
-    assert "Corpus: reviews.csv" in card and "1, of which 0 were test texts" in card
+    assert "Dataset: reviews.csv" in card and "1, of which 0 were test texts" in card
     # The pretraining texts are the training texts, without held-out ones.
     pretraining = pd.read_parquet(folder / "texts.parquet")["text"]
     review_args = ReviewArguments(

@@ -20,13 +20,13 @@ def run(tmp_path, *flags: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def climbed(tmp_path_factory):
+def ladder_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ladder")
     return folder / "out", run(folder)
 
 
-def test_every_rung_is_trained_saved_and_drawn(climbed):
-    folder, metrics = climbed
+def test_every_rung_is_trained_saved_and_drawn(ladder_run):
+    folder, metrics = ladder_run
     assert json.loads((folder / "all_results.json").read_text()) == metrics
     assert matplotlib.image.imread(folder / "ladder.png").shape[:2] > (400, 800)
     for name in BABY_RUNGS:
@@ -38,15 +38,16 @@ def test_every_rung_is_trained_saved_and_drawn(climbed):
         assert model.config.num_hidden_layers == {"bigram": 0, "scaled-up": 4}.get(
             name, 1 if name in ("one-head", "several-heads", "feed-forward") else 6
         )
-        # nothing is known after two steps
+        # two steps teach almost nothing
         assert 2 < metrics[f"{name}_eval_loss"] < 6 and 2 < metrics[f"{name}_eval_train_loss"] < 6
         history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2, 2]
         assert [entry["step"] for entry in history if "eval_train_loss" in entry] == [1, 2, 2]
 
 
-def test_the_loss_falls_where_it_should(tmp_path):
-    """A shorter climb of four rungs: attention beats the bigram, and a deep stack needs its residual connections."""
+@pytest.mark.slow
+def test_each_idea_lowers_the_loss(tmp_path):
+    """Attention beats the bigram table, and a deep stack requires residual connections."""
     rungs = ["bigram", "feed-forward", "blocks", "residual"]
     small = ["--max_steps", "1000", "--eval_steps", "1000", "--eval_batches", "40", "--max_examples", "600"]
     metrics = run(tmp_path, "--rungs", *rungs, *small, "--config_overrides", "num_hidden_layers=4")
@@ -55,7 +56,7 @@ def test_the_loss_falls_where_it_should(tmp_path):
     assert residual < min(attention, blocks) - 0.2
 
 
-def test_only_the_named_rungs_on_another_text(tmp_path, capsys):
+def test_selected_rungs_train_on_another_text(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Ärger über {i} Äpfel; {i % 7} Öl." for i in range(400)), encoding="utf-8")
     flags = ["--rungs", "one-head", "dropout", "--dataset", str(text), "--config_overrides", "hidden_size=24"]
@@ -69,7 +70,7 @@ def test_only_the_named_rungs_on_another_text(tmp_path, capsys):
     assert re.search(r"^dropout .* \d\.\d{4} ", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_what_is_wrong_shows_at_once(tmp_path):
+def test_mistakes_are_found_before_the_data_are_read(tmp_path):
     with pytest.raises(ValueError, match="rung 'heads' is unknown"):
         run(tmp_path, "--rungs", "bigram", "heads")
     with pytest.raises(ValueError, match="hidden_sise"):
@@ -77,7 +78,7 @@ def test_what_is_wrong_shows_at_once(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_columns_of_hyperparameters():
+def test_the_configs_have_the_hyperparameters_of_the_article():
     columns = {
         "baby_cpu": (16, 8, 10000, 500, 100, 16, 4, 2, 2, 0.2, 5e-3),
         "baby_gpu": (64, 256, 10000, 500, 200, 512, 16, 6, 6, 0.2, 1e-3),
@@ -99,6 +100,7 @@ def test_the_columns_of_hyperparameters():
             fields["resid_pdrop"],
             float(values["learning_rate"]),
         )
-        # the column says the same as its preset
+        assert values["rungs"] == [rung for rung in BABY_RUNGS if rung != "scaled-up"]
+        # the overrides agree with the preset
         preset = ladder.baby_rung("dropout", values["preset"])
         assert ladder.baby_rung("dropout", values["preset"], **fields).to_dict() == preset.to_dict()

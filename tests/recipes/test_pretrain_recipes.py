@@ -74,7 +74,7 @@ def test_pretrain_leaves_a_model_that_anyone_can_load(pretrained):
     card = (pretrained / "README.md").read_text()
     assert f"{results['eval_bits_per_byte']:.4f}" in card
     # no folder of this machine but in the command, as it was typed
-    assert "Corpus: books" in card
+    assert "Dataset: books" in card
     model = AutoModelForCausalLM.from_pretrained(pretrained)
     assert model.config.use_cache and model.dtype == torch.float32
     assert (model.config.vocab_size, model.config.max_position_embeddings) == (320, 32)

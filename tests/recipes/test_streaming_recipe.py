@@ -49,8 +49,11 @@ def test_a_resumed_stream_ends_with_the_same_weights(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--max_steps", "-1"], "streaming=True with max_steps=-1: a stream has no length; set --max_steps"),
-        (["--max_examples", "9"], "leave out --max_examples"),
+        (
+            ["--max_steps", "-1"],
+            "streaming=True conflicts with max_steps=-1, but a stream has no length. Set --max_steps",
+        ),
+        (["--max_examples", "9"], "remove --max_examples"),
         (["--dataloader_num_workers", "2"], "dataloader_num_workers"),
     ],
 )

@@ -40,8 +40,8 @@ from hf_minigpt.classification.trainer import ClassificationTrainer, classificat
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, resolve_resume, verify_checkpoint
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import adamw_decaying_matrices, muon_adamw, optimizer_cls_and_kwargs

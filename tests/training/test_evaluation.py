@@ -12,8 +12,8 @@ from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import prepare_corpus
+from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import padded_vocab_size, train_tokenizer
-from hf_minigpt.training.arguments import PretrainArguments
 from hf_minigpt.training.callbacks import PrintSample, SetEpoch
 from hf_minigpt.training.evaluation import decode_documents, evaluate_language_model, sample_texts, tale_metrics
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs

@@ -1,4 +1,4 @@
-"""What finetuning starts from: our checkpoints, and others' with a tokenizer that they have no row for."""
+"""Loading base models: MiniGPT checkpoints, and converted ones whose tokenizer needs more rows."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def gpt2(folder):
 
 
 @pytest.mark.parametrize("model_class", [MiniGPTForCausalLM, MiniGPTForSequenceClassification])
-def test_a_gpt2_gets_a_row_for_the_padding_token(tmp_path, model_class):
+def test_a_converted_gpt2_has_a_row_for_the_padding_token(tmp_path, model_class):
     source = gpt2(tmp_path)
     model, tokenizer = load_base_model(model_class, str(tmp_path), resid_pdrop=0.3)
     assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD, 60, 59)
@@ -41,7 +41,7 @@ def test_a_gpt2_gets_a_row_for_the_padding_token(tmp_path, model_class):
     torch.testing.assert_close(model.model(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gpt1_gets_an_end_of_text_too(tmp_path):
+def test_a_converted_gpt1_has_rows_for_end_of_text_and_padding(tmp_path):
     torch.manual_seed(0)
     source = shake(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=60, n_embd=24, n_layer=2, n_head=2)))
     source.save_pretrained(tmp_path)
@@ -52,7 +52,7 @@ def test_a_gpt1_gets_an_end_of_text_too(tmp_path):
     assert model(torch.tensor([[1, 2, 60]])).logits.shape == (1, 3)
 
 
-def test_our_language_model_becomes_a_classifier_with_an_auxiliary_head(tmp_path):
+def test_a_language_model_loads_as_a_classifier_with_an_auxiliary_head(tmp_path):
     special = {"bos_token": "w59", "eos_token": "w59", "pad_token": "w58"}
     source = tiny_model("modern", vocab_size=64, unpadded_vocab_size=60, bos_token_id=59, eos_token_id=59)
     source.config.pad_token_id = 58
@@ -66,7 +66,7 @@ def test_our_language_model_becomes_a_classifier_with_an_auxiliary_head(tmp_path
     torch.testing.assert_close(model.model.embed_tokens.weight, source.model.embed_tokens.weight, rtol=0, atol=0)
 
 
-def test_another_tokenizer_is_refused(tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     source = tiny_model("modern", vocab_size=64, unpadded_vocab_size=50, bos_token_id=1, eos_token_id=1)
     source.save_pretrained(tmp_path)
     save_words(tmp_path, bos_token="w1", eos_token="w1", pad_token="w2")
@@ -77,11 +77,11 @@ def test_another_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "tokenizer", "message"),
     [
-        ("no/model", None, "model='no/model' is neither a model's folder nor one on the Hub"),
-        (None, "no/tokenizer", "tokenizer='no/tokenizer' is neither a folder with one nor on the Hub"),
+        ("no/model", None, "model='no/model' is neither a folder with a model nor a name on the Hub"),
+        (None, "no/tokenizer", "tokenizer='no/tokenizer' is neither a folder with a tokenizer nor a name on the Hub"),
     ],
 )
-def test_a_base_that_does_not_exist_is_named(model, tokenizer, message):
+def test_a_missing_base_model_or_tokenizer_is_named(model, tokenizer, message):
     check_base_exists(None)
     with pytest.raises(ValueError, match=message):
         check_base_exists(model, tokenizer)

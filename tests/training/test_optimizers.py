@@ -1,4 +1,4 @@
-"""The optimizer against independent computations: singular values, torch's AdamW and torch's Muon."""
+"""The optimizers agree with singular values, torch's AdamW and torch's Muon."""
 
 import copy
 
@@ -32,7 +32,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
-def test_newton_schulz_is_close_to_the_polar_factor(shape):
+def test_newton_schulz_approximates_the_polar_factor(shape):
     matrix = torch.randn(shape)
     u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
     result = orthogonalize(matrix)
@@ -45,8 +45,8 @@ def test_newton_schulz_is_close_to_the_polar_factor(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 48), (3, 96, 48), (48, 200)])
-def test_newton_schulz_in_float32_is_that_of_float64(shape):
-    # singular values over four decades, as a gradient's are
+def test_newton_schulz_in_float32_agrees_with_float64(shape):
+    # singular values over four orders of magnitude, like those of gradients
     spectrum = torch.logspace(0, -4, shape[-1])
     matrices = torch.randn(shape) * spectrum
     x = matrices.double()
@@ -57,13 +57,13 @@ def test_newton_schulz_in_float32_is_that_of_float64(shape):
     torch.testing.assert_close(orthogonalize(matrices).double(), x, atol=1e-4, rtol=0)
 
 
-def test_newton_schulz_of_a_batch_equals_one_by_one():
+def test_newton_schulz_of_a_batch_equals_that_of_each_matrix():
     matrices = torch.randn(5, 12, 30)
     torch.testing.assert_close(orthogonalize(matrices), torch.stack([orthogonalize(m) for m in matrices]))
 
 
 @pytest.mark.parametrize(("scaling", "adjust_lr_fn"), [("original", "original"), ("moonlight", "match_rms_adamw")])
-def test_muon_steps_like_torchs(scaling, adjust_lr_fn):
+def test_muon_steps_match_torch(scaling, adjust_lr_fn):
     shapes = [(16, 48), (16, 48), (48, 16), (16, 16)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = copy.deepcopy(ours)
@@ -81,7 +81,7 @@ def test_muon_steps_like_torchs(scaling, adjust_lr_fn):
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
-def test_adamw_groups_step_like_torchs():
+def test_adamw_steps_match_torch():
     ours = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))]
     theirs = copy.deepcopy(ours)
     options = {"lr": 0.01, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
@@ -98,7 +98,7 @@ def test_adamw_groups_step_like_torchs():
 
 
 @pytest.mark.parametrize("switches", list(SWITCHES))
-def test_every_parameter_is_in_the_right_group_once(switches):
+def test_every_parameter_is_in_the_right_group_exactly_once(switches):
     model = tiny_model(switches)
     optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.02, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -113,7 +113,7 @@ def test_every_parameter_is_in_the_right_group_once(switches):
         assert group["weight_decay"] == (0.0 if model.get_parameter(name).ndim < 2 else 0.1), name
 
 
-def test_embedding_learning_rate_and_frozen_parameters():
+def test_frozen_parameters_are_not_optimized():
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -140,7 +140,7 @@ def test_state_round_trips_exactly():
         assert torch.equal(a, b), name
 
 
-def test_parameters_may_be_exchanged_after_construction():
+def test_parameter_tensors_may_be_replaced_after_construction():
     """As accelerate does while it prepares a model."""
     model = tiny_model()
     twin = copy.deepcopy(model)
@@ -156,7 +156,7 @@ def test_parameters_may_be_exchanged_after_construction():
         assert torch.equal(a, b)
 
 
-def test_scheduler_scales_every_group():
+def test_a_scheduler_scales_every_group():
     optimizer = muon_adamw(tiny_model(), learning_rate=0.01, matrix_learning_rate=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     optimizer.step()
@@ -164,7 +164,7 @@ def test_scheduler_scales_every_group():
     assert [group["lr"] / group["initial_lr"] for group in optimizer.param_groups] == [0.5] * 3
 
 
-def test_plain_adamw_decays_matrices_only():
+def test_adamw_decays_matrices_only():
     model = tiny_model("gpt2")
     optimizer = OptimizerFactory()(model, kind="adamw", learning_rate=0.1, weight_decay=0.5)
     assert type(optimizer) is torch.optim.AdamW
@@ -173,7 +173,7 @@ def test_plain_adamw_decays_matrices_only():
     assert len(adamw_decaying_matrices(model, learning_rate=0.1).param_groups) == 2
 
 
-def test_mistakes_are_refused():
+def test_invalid_groups_and_scaling_are_refused():
     with pytest.raises(ValueError, match="kind='muon'"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "muon"}])
     with pytest.raises(ValueError, match="kind='sgd'"):

@@ -1,4 +1,4 @@
-"""Model cards carry the run's numbers and metadata that the Hub's own classes read back."""
+"""Model cards contain the results of the run, and metadata that the Hub accepts."""
 
 import math
 import re
@@ -11,18 +11,21 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_minigpt.classification.cards import save_classification_card
+from hf_minigpt.classification.report import format_classification_metrics, save_classification_card
 from hf_minigpt.instructions.report import save_sft_card
+from hf_minigpt.pretraining.arguments import PretrainArguments
+from hf_minigpt.pretraining.report import format_metrics, save_model_card
 from hf_minigpt.publishing.plots import plot_losses
-from hf_minigpt.training.report import TrainingReport, format_metrics, save_model_card
+from hf_minigpt.training.report import TrainingReport, public_name, training_report
+from tests.tiny import tiny_model
 
 
 METRICS = {"loss": 1.25, "perplexity": 3.49, "bits_per_byte": 0.5, "accuracy": 0.625, "tokens_per_second": 12345.6}
 
 
-# of the ids on hf.co/docs/hub/repositories-licenses, those that a card here may name
+# ids from hf.co/docs/hub/repositories-licenses that these cards may use
 LICENSES = {"mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "other", "unknown"}
-# what the Hub demands of a model-index (github.com/huggingface/hub-docs, modelcard.md)
+# required fields of a model-index (github.com/huggingface/hub-docs, modelcard.md)
 MODEL_INDEX = {"task": {"type"}, "dataset": {"type", "name"}, "metrics": {"type", "value"}}
 
 
@@ -50,7 +53,7 @@ def report(**changes) -> TrainingReport:
     return TrainingReport(**(fields | changes))
 
 
-def test_metadata_is_read_back(tmp_path):
+def test_metadata_can_be_read_back(tmp_path):
     save_model_card(report(), tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
@@ -60,7 +63,7 @@ def test_metadata_is_read_back(tmp_path):
     assert results == {name: METRICS[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
 
-def test_text_holds_what_a_reader_needs(tmp_path):
+def test_the_card_contains_results_and_usage(tmp_path):
     text = save_model_card(report(), tmp_path).read_text()
     for part in (
         "1.23 million parameters: layers 2, width 32",
@@ -78,17 +81,17 @@ def test_text_holds_what_a_reader_needs(tmp_path):
         assert part in text, part
 
 
-def test_a_corpus_on_disk_is_no_dataset_of_the_hub(tmp_path):
+def test_a_local_dataset_is_not_linked_to_the_hub(tmp_path):
     path = save_model_card(
         report(dataset="my.txt", dataset_on_hub=False, license="unknown", language=None, base_model=None, plot=None),
         tmp_path,
     )
     data = ModelCard.load(path).data
     assert (data.datasets, data.base_model, data.language) == (None, None, None)
-    assert "its terms decide" in path.read_text() and "loss.png" not in path.read_text()
+    assert "whose terms decide" in path.read_text() and "loss.png" not in path.read_text()
 
 
-def test_metrics_are_formatted_in_order_and_unknown_ones_left_out():
+def test_metrics_are_formatted_in_order_without_unknown_ones():
     formatted = format_metrics({"claims_true": 0.5, "loss": 2.0, "nonsense": 1.0})
     assert list(formatted.items()) == [
         ("Held-out loss (nats per token)", "2.0000"),
@@ -97,7 +100,7 @@ def test_metrics_are_formatted_in_order_and_unknown_ones_left_out():
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plot_is_an_image(tmp_path: Path, suffix):
+def test_the_loss_plot_is_an_image(tmp_path: Path, suffix):
     history = [
         {"num_input_tokens_seen": 10, "loss": 3.0},
         {"num_input_tokens_seen": 20, "loss": 2.0},
@@ -111,9 +114,9 @@ def test_plot_is_an_image(tmp_path: Path, suffix):
 
 
 def check_metadata(path: Path) -> dict:
-    """What the Hub's validation would refuse, which only a server can be asked for."""
+    """Check what the Hub validates on its server."""
     metadata = metadata_load(path)
-    # no Python objects, which only a lenient reader of YAML takes
+    # no Python objects, which only the unsafe YAML loaders read
     assert yaml.safe_load(yaml.safe_dump(metadata)) == metadata
     assert metadata["license"] in LICENSES
     assert metadata["pipeline_tag"] in PIPELINE_REGISTRY.get_supported_tasks()
@@ -140,7 +143,7 @@ SFT_METRICS = {"eval_loss": 1.0, "eval_perplexity": 2.7, "before_loss": 2.0, "be
 
 @pytest.mark.parametrize("on_hub", [True, False])
 @pytest.mark.parametrize("job", ["pretraining", "classification", "instructions"])
-def test_every_job_s_card_is_what_the_hub_takes(tmp_path, job, on_hub):
+def test_the_hub_accepts_the_card_of_every_job(tmp_path, job, on_hub):
     changes = {} if on_hub else {"dataset": "my.txt", "dataset_on_hub": False, "language": None, "base_model": None}
     changes["name"] = "you/a model: with | signs, 'quotes' & more" if not on_hub else "you/tiny-gpt"
     if job == "pretraining":
@@ -159,14 +162,14 @@ def test_every_job_s_card_is_what_the_hub_takes(tmp_path, job, on_hub):
         assert part in text, part
 
 
-def test_published_cards_are_what_the_hub_takes():
+def test_the_hub_accepts_the_published_cards():
     cards = [*Path(__file__).parents[2].glob("model_cards/*.md")]
     assert cards
     for path in cards:
         check_metadata(path)
 
 
-def test_numbers_that_are_none_stay_out_of_the_metadata(tmp_path):
+def test_metrics_that_are_not_finite_are_left_out_of_the_metadata(tmp_path):
     path = save_model_card(report(metrics={"loss": 800.0, "perplexity": float("inf")}), tmp_path)
     (result,) = check_metadata(path)["model-index"][0]["results"]
     assert [metric["type"] for metric in result["metrics"]] == ["loss"]
@@ -174,8 +177,39 @@ def test_numbers_that_are_none_stay_out_of_the_metadata(tmp_path):
     assert not {"model-index", "model_name"} & metadata.keys()
 
 
-def test_neither_sample_nor_value_breaks_out(tmp_path):
+def test_samples_and_values_are_escaped(tmp_path):
     sample = "He said:\n```\n# no heading\n````\n"
     text = save_model_card(report(sample=sample, hyperparameters={"a": "x|y\nz"}), tmp_path).read_text()
     assert f"`````text\n{sample.strip()}\n`````\n" in text
     assert "| `a` | x\\|y z |" in text
+
+
+def test_the_confidence_interval_is_one_row():
+    rows = format_classification_metrics({"accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.92})
+    assert rows == {"Accuracy": "90.00%", "Accuracy, 95% confidence interval": "88.00% to 92.00%"}
+    assert format_classification_metrics({"accuracy_low": 0.88}) == {}
+
+
+def test_private_folders_stay_out_of_the_card(tmp_path):
+    (tmp_path / "my.txt").write_text("text")
+    assert public_name(str(tmp_path / "my.txt")) == "my.txt"
+    assert public_name("somebody/books") == "somebody/books"
+
+    def make(**changes):
+        options = {
+            "dataset": None,
+            "embedded_dataset": "tales",
+            "base_model": None,
+            "hyperparameters": {"dropout": None},
+        }
+        fields = {"description": "", "data": {}, "seconds": 1.0, "metrics": {}, "sample": "", "command": ""}
+        args = PretrainArguments(str(tmp_path / "run"), optimizer="adamw")
+        return training_report(args, tiny_model("modern"), **(options | fields | changes))
+
+    embedded, hub = make(), make(dataset="somebody/books", base_model="somebody/base")
+    assert (embedded.name, embedded.dataset, embedded.license, embedded.language) == ("run", "tales", "mit", "en")
+    assert not {"dropout", "matrix_learning_rate"} & embedded.hyperparameters.keys()
+    assert (hub.dataset, hub.dataset_on_hub, hub.base_model) == ("somebody/books", True, "somebody/base")
+    assert (hub.license, hub.language) == ("unknown", None)
+    local = make(dataset=str(tmp_path / "my.txt"), base_model=str(tmp_path))
+    assert (local.dataset, local.dataset_on_hub, local.base_model) == ("my.txt", False, None)

@@ -1,4 +1,4 @@
-"""What must not end a run does not."""
+"""Failures of optional steps do not end a run."""
 
 import io
 import logging
@@ -8,18 +8,19 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_minigpt.training import callbacks
-from hf_minigpt.training.arguments import ModelArguments, parse
+from hf_minigpt.training.arguments import ModelArguments
+from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.safeguards import allow_any_output, optional, printable
 
 
 def ascii_output(monkeypatch) -> io.BytesIO:
-    """What goes to a standard output in ASCII; pytest's own capture comes back with each fixture."""
+    """Make standard output ASCII, and return its bytes."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
     return written
 
 
-def test_what_is_optional_fails_with_a_warning(caplog):
+def test_a_failed_optional_step_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING), optional("drawing loss.png"):
         raise RuntimeError("no font")
     assert "Drawing loss.png failed" in caplog.text and "RuntimeError: no font" in caplog.text
@@ -28,7 +29,7 @@ def test_what_is_optional_fails_with_a_warning(caplog):
 
 
 @pytest.mark.parametrize("prepare", [allow_any_output, lambda: parse((ModelArguments,), [])])
-def test_every_character_can_be_printed(prepare, monkeypatch):
+def test_any_character_can_be_printed(prepare, monkeypatch):
     written = ascii_output(monkeypatch)
     with pytest.raises(UnicodeEncodeError):
         print("caf\xe9")
@@ -37,7 +38,7 @@ def test_every_character_can_be_printed(prepare, monkeypatch):
     assert written.getvalue().endswith(b"caf\\xe9 \\ufffd\n")
 
 
-def test_output_that_cannot_be_changed_is_left_alone(monkeypatch):
+def test_output_without_an_encoding_is_left_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     allow_any_output()
     assert printable("caf\xe9") == "caf\xe9"
@@ -62,6 +63,6 @@ def test_a_sample_is_printed_in_any_encoding(monkeypatch, tmp_path):
     assert written.getvalue() == b"step 3: 'caf\\xe9 \\ufffd'\n"
 
 
-def test_a_sample_that_fails_does_not_end_the_training(monkeypatch, tmp_path, caplog):
+def test_a_failed_sample_does_not_end_the_training(monkeypatch, tmp_path, caplog):
     sampled(monkeypatch, tmp_path, lambda *args, **kwargs: 1 / 0)
     assert "Printing a sample failed" in caplog.text

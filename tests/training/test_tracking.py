@@ -1,4 +1,4 @@
-"""A tracked run can be read back: its losses, accuracies and rates, and the settings that made them."""
+"""Experiment trackers record the losses, accuracies and rates of a run, and its settings."""
 
 import json
 import shlex
@@ -6,13 +6,9 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import pretrain
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-import pretrain
 
 
 SMALL = shlex.split(
@@ -41,7 +37,7 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
-def test_tensorboard(run):
+def test_tensorboard_records_the_run(run):
     output = run("tensorboard")
     scalars: dict[str, dict[int, float]] = {}
     texts = ""
@@ -60,7 +56,7 @@ def test_tensorboard(run):
     assert "hidden_size" in texts and "matrix_learning_rate" in texts
 
 
-def test_trackio_stays_on_this_machine(run, tmp_path, monkeypatch):
+def test_trackio_records_the_run_locally(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, name)
