@@ -32,9 +32,9 @@ from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents
 from hf_minigpt.flags import number
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.evaluation import score_texts, window_sizes
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
-from hf_minigpt.training.sliding_windows import score_texts, window_sizes
 
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")

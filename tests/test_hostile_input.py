@@ -199,7 +199,7 @@ def test_flipped_bit_in_the_weights_of_a_sealed_checkpoint(work):
     """The weights have no checksum of their own."""
     run(*SMALL, "--dataset", "books")
     flip(-1)(work / "run/checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2/model\.safetensors is not what was written"):
+    with pytest.raises(ValueError, match=r"checkpoint-2/model\.safetensors has changed: checksum mismatch"):
         run("--model", "run/checkpoint-2", "--dataset", "books", "--output_dir", "second")
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -639,25 +638,3 @@ def _flags_of(values: dict[str, Any], parser: HfArgumentParser) -> list[str]:
         else:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
-
-
-def use_all_cores(cpu_threads: int | None = None) -> None:
-    """Give torch its share of the cores: `accelerate launch` and `torchrun` would leave it one.
-
-    Args:
-        cpu_threads: default: the cores this process may use, over the processes on this machine.
-    """
-    if cpu_threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cpu_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(cpu_threads)
-
-
-def check_writable(folder: str) -> None:
-    """Raise ValueError where a run's folder cannot be written, before the run."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={folder} cannot be written ({error.strerror}): choose another.") from error

@@ -27,8 +27,9 @@ from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
 from hf_minigpt.pretraining.data import open_documents, prepare_data
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, PretrainArguments, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, PretrainArguments
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 

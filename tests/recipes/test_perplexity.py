@@ -15,8 +15,7 @@ from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents, prepare_corpus
 from hf_minigpt.deploy.conversion import from_gpt2
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.evaluation import decode_documents
-from hf_minigpt.training.sliding_windows import cut_windows
+from hf_minigpt.training.evaluation import cut_windows, decode_documents
 from tests.tiny import shake, tiny_config
 
 
@@ -160,7 +159,7 @@ def test_impossible_windows_are_refused(models):
     flags = ["--dataset", str(models / "texts.jsonl"), "--part", "all", "--cpu_threads", "1"]
     for wrong, message in (
         (["--context_length", "17"], "has a context of 16"),
-        (["--stride", "17"], "must lie between 1 and the context, 16"),
+        (["--stride", "17"], "stride=17 must be between 1 and the context, 16"),
     ):
         with pytest.raises(ValueError, match=message):
             perplexity.main([str(models / "modern"), *flags, *wrong])

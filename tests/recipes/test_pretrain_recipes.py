@@ -122,7 +122,7 @@ def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, fo
     arguments = [*SMALL, *flags(folder, output, corpus), "--max_steps", "2"]
     recipe.main(arguments)
     # more steps are another run
-    with pytest.raises(ValueError, match=r"max_steps: 2 there, 3 now.*--allow_changed_run"):
+    with pytest.raises(ValueError, match=r"max_steps: 2 in the checkpoint, 3 now.*--allow_changed_run"):
         recipe.main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "auto"])
     more = ["--max_steps", "3", "--resume_from_checkpoint", "auto", "--allow_changed_run"]
     recipe.main([*arguments, *more])
@@ -302,7 +302,7 @@ def test_the_loop_refuses_what_it_does_not_follow(flags, message, monkeypatch):
         (
             pretrain_loop,
             ["--gradient_accumulation_steps", "100000"],
-            "gradient_accumulation_steps=100000 makes a step",
+            "gradient_accumulation_steps=100000 makes steps",
         ),
         (
             pretrain,

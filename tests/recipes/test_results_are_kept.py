@@ -25,7 +25,7 @@ CARD = "Writing the model card"
 STEPS = {
     pretrain: [
         ("sample_texts", "Sampling a text"),
-        ("tale_metrics", "Reading the model's tales"),
+        ("tale_metrics", "Evaluating the model's tales"),
         ("plot_losses", "Drawing loss.png"),
         ("save_model_card", CARD),
         PUSH,

@@ -6,15 +6,8 @@ import pytest
 import torch
 import yaml
 
-from hf_minigpt.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    PlanArguments,
-    PretrainArguments,
-    check_writable,
-    parse,
-    use_all_cores,
-)
+from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments, parse
+from hf_minigpt.training.processes import check_writable, use_all_cores
 
 
 ALL = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)

@@ -191,7 +191,7 @@ def test_ddp_is_one_process(folder, alone, together, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_process_takes_over_from_two(folder, alone, together, optimizer):
     copy_checkpoint(folder, f"together_{optimizer}", f"taken_over_{optimizer}")
-    with pytest.raises(ValueError, match="world_size: 2 there, 1 now"):
+    with pytest.raises(ValueError, match="world_size: 2 in the checkpoint, 1 now"):
         train(folder, f"taken_over_{optimizer}", optimizer, resume_from_checkpoint="auto")
     resume = {"resume_from_checkpoint": "auto", "allow_changed_run": True}
     trainer = train(folder, f"taken_over_{optimizer}", optimizer, **resume)

@@ -45,7 +45,7 @@ from hf_minigpt.training.checkpoints.sealing import (
 from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import muon_adamw
-from hf_minigpt.training.trainer import end_training
+from hf_minigpt.training.processes import end_training
 from tests.tiny import tiny_config
 
 
@@ -205,7 +205,7 @@ def test_resume_of_a_finished_run(finished, store, tmp_path, capsys):
     # and it can be trained further
     trainer.args.max_steps = STEPS + 3
     assert train_safely(trainer, allow_changed_run=True).global_step == STEPS + 3
-    assert capsys.readouterr().out.count(" there, ") == 1
+    assert capsys.readouterr().out.count(" in the checkpoint, ") == 1
 
 
 def test_save_total_limit_and_best_model(store, tmp_path):
@@ -363,7 +363,7 @@ def test_resolve_resume(run_folder, tmp_path):
     assert resolve_resume("auto", tmp_path / "new") is None
     with pytest.raises(ValueError, match="checkpoint-14 of an earlier run"):
         resolve_resume(None, run_folder)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         resolve_resume(str(tmp_path / "nothing"), run_folder)
     elsewhere = shutil.copytree(run_folder / "checkpoint-7", tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="checkpoint-14 of an earlier run"):
@@ -467,7 +467,7 @@ def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatc
     found = []
     for fails_at in range(1, num_writes + 1):
         output_dir = tmp_path / "full"
-        with pytest.raises(OSError, match=r"Last good checkpoint: .*checkpoint-1[45]$") as error_info:
+        with pytest.raises(OSError, match=r"Last valid checkpoint: .*checkpoint-1[45]$") as error_info:
             train(fails_at, output_dir)
         assert error_info.value.errno == errno.ENOSPC
         assert "MB free" in str(error_info.value)
@@ -490,7 +490,7 @@ def test_file_size_limit(store, finished, run_folder, share):
 
     trainer = make_trainer(store, run_folder, callbacks=[At(20, limit)], resume_from_checkpoint="auto")
     try:
-        with pytest.raises(OSError, match=r"checkpoint-21 could not .*Last good checkpoint: .*checkpoint-14"):
+        with pytest.raises(OSError, match=r"checkpoint-21 could not .*Last valid checkpoint: .*checkpoint-14"):
             train_safely(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -538,10 +538,10 @@ def test_worker_that_outlives_the_run_does_not_hold_its_lock(tmp_path):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 2 there, 4 now"),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 2 there, 1 now"),
-        ({"max_steps": 60}, "max_steps: 50 there, 60 now"),
-        ({"seed": 1}, "arguments.seed: 42 there, 1 now"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 2 in the checkpoint, 4 now"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 2 in the checkpoint, 1 now"),
+        ({"max_steps": 60}, "max_steps: 50 in the checkpoint, 60 now"),
+        ({"seed": 1}, "arguments.seed: 42 in the checkpoint, 1 now"),
         ({"rows_seed": 4}, "dataset: "),
         ({"trainer_class": Muon, "optim": "sgd"}, "arguments.optim: "),
     ],
@@ -557,7 +557,7 @@ def test_changed_run_goes_on_if_asked(store, run_folder, capsys):
     arguments = {"resume_from_checkpoint": "auto", "save_steps": 5, "logging_steps": 3, "max_steps": 16}
     trainer = make_trainer(store, run_folder, per_device_train_batch_size=4, **arguments)
     train_safely(trainer, allow_changed_run=True)
-    assert "per_device_train_batch_size: 2 there, 4 now" in capsys.readouterr().out
+    assert "per_device_train_batch_size: 2 in the checkpoint, 4 now" in capsys.readouterr().out
     run = read_manifest(run_folder / "checkpoint-16")["run"]
     assert run["arguments"]["per_device_train_batch_size"] == 4
     assert run["config"]["hidden_size"] == 24
@@ -570,7 +570,11 @@ def test_check_same_run_names_all_that_differs(tmp_path):
     check_same_run(tmp_path / "checkpoint-1", run)
     with pytest.raises(ValueError) as error_info:
         check_same_run(tmp_path / "checkpoint-1", {"batch": 4, "config": {"width": 8}, "seed": 0})
-    for part in ("batch: 2 there, 4 now", "config.depth: 2 there, (absent) now", "seed: (absent) there, 0 now"):
+    for part in (
+        "batch: 2 in the checkpoint, 4 now",
+        "config.depth: 2 in the checkpoint, (absent) now",
+        "seed: (absent) in the checkpoint, 0 now",
+    ):
         assert part in str(error_info.value)
     assert "width" not in str(error_info.value)
 
@@ -632,7 +636,7 @@ def test_divergence_names_step_rows_and_checkpoint(store, tmp_path, factor, what
     rows = ShuffledDocumentRows(store, 16, seed=3)
     rows.set_epoch(1)
     assert [rows[i]["input_ids"].tolist() for i in error.rows] == expected
-    assert f"step 25 in its rows {error.rows}" in str(error) and "checkpoint-21" in str(error)
+    assert f"step 25 in rows {error.rows}" in str(error) and "checkpoint-21" in str(error)
 
 
 def test_exploding_gradient(store, tmp_path):
@@ -904,7 +908,7 @@ def test_two_processes(store, tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth"} < verify_checkpoint(checkpoint)["files"].keys()
     shutil.copytree(checkpoint, tmp_path / "single" / "checkpoint-9")
     trainer = make_trainer(store, tmp_path / "single", resume_from_checkpoint="auto", max_steps=12)
-    with pytest.raises(ValueError, match="world_size: 2 there, 1 now"):
+    with pytest.raises(ValueError, match="world_size: 2 in the checkpoint, 1 now"):
         train_safely(trainer)
     train_safely(trainer, allow_changed_run=True)
     assert trainer.state.global_step == 12
