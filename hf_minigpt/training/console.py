@@ -1,15 +1,17 @@
 """What a run prints: a header with its plan, its progress with one row for each evaluation, and a summary."""
 
+import contextlib
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from .processes import print_once
 from .safeguards import printable
@@ -42,7 +44,8 @@ def short_number(value: float) -> str:
 def print_line(text: str) -> None:
     """Print a line above the progress bar, cut to the width of the terminal (100 characters in a file)."""
     width = shutil.get_terminal_size().columns if is_terminal() else 100
-    text = printable(text)
+    # a young model also writes control characters
+    text = printable("".join(c if c.isprintable() else "\ufffd" for c in text))
     tqdm.write(text if len(text) <= width else text[: width - 3] + "...", file=sys.stdout)
     sys.stdout.flush()
 
@@ -62,6 +65,19 @@ def _wrap(name: str, value: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide transformers' own progress bars. A bar for each file of each checkpoint would break the table."""
+    was_enabled = logging.is_progress_bar_enabled()
+    if was_enabled:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
 def print_header(title: str, rows: Mapping[str, str]) -> None:
     """
     Print what a run is about to do, in the main process only.
@@ -76,7 +92,8 @@ def print_header(title: str, rows: Mapping[str, str]) -> None:
 
 def print_sample(text: str) -> None:
     """Print a text that the model has written, in the main process only."""
-    lines = [_wrap("  ", line) for line in text.strip().splitlines()]
+    lines = ["".join(c for c in line if c.isprintable()) for line in text.splitlines() if line.strip()]
+    lines = [_wrap("  ", line) for line in lines]
     print_once(printable("\n".join(["", "Sample", *lines])))
 
 
@@ -113,7 +130,7 @@ def describe_model(model: Any, name: str | None = None) -> str:
     learning = "" if trained == total else f" ({trained:,} trained)"
     return (
         f"{f'{name}: ' if name else ''}{total:,} parameters{learning}, {config.num_hidden_layers} layers x "
-        f"{config.hidden_size} wide, context {config.max_position_embeddings:,}, vocabulary {config.vocab_size:,}"
+        f"{config.hidden_size} wide, context {config.max_position_embeddings:,}, vocabulary {getattr(config, 'unpadded_vocab_size', None) or config.vocab_size:,}"
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .arguments import LanguageModelArguments, RecipeArguments
-from .console import ConsoleCallback
+from .console import ConsoleCallback, without_progress_bars
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
 from .settings import save_settings
@@ -95,7 +95,8 @@ class RecipeTrainer(Trainer):
         raise NotImplementedError
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        with without_progress_bars():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_settings(self.args, output_dir or str(self.args.output_dir))
 
