@@ -83,4 +83,4 @@ class PrintSample(TrainerCallback):
             (text,) = sample_texts(
                 model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=max_new_tokens, seed=state.global_step
             )
-            print_line(f"sample: {' '.join(text.split())}")
+            print_line(f"sample: {' '.join(text.split())}", max_width=100)

@@ -1,7 +1,7 @@
 """What a run prints: a header with its plan, its progress with one row for each evaluation, and a summary."""
 
 import contextlib
-import shutil
+import os
 import sys
 import textwrap
 import time
@@ -33,6 +33,11 @@ def is_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def _width() -> int:
+    """Return the columns of the terminal."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+
+
 def short_number(value: float) -> str:
     """Return 987, 12.3k, 4.56M or 7.89B."""
     for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -41,9 +46,9 @@ def short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
-def print_line(text: str) -> None:
-    """Print a line above the progress bar, cut to the width of the terminal (100 characters in a file)."""
-    width = shutil.get_terminal_size().columns if is_terminal() else 100
+def print_line(text: str, max_width: int | None = None) -> None:
+    """Print a line above the progress bar, cut to the width of the terminal. In a file it is cut to `max_width`."""
+    width = _width() if is_terminal() else max_width or len(text)
     # a young model also writes control characters
     text = printable("".join(c if c.isprintable() else "\ufffd" for c in text))
     tqdm.write(text if len(text) <= width else text[: width - 3] + "...", file=sys.stdout)
@@ -54,7 +59,7 @@ def _wrap(name: str, value: str) -> str:
     """Wrap the value at the width of the terminal, below itself. In a file a row is one line."""
     if not is_terminal():
         return name + value
-    width = shutil.get_terminal_size().columns
+    width = _width()
     return textwrap.fill(
         value,
         width,
@@ -127,10 +132,11 @@ def describe_model(model: Any, name: str | None = None) -> str:
     config = model.config
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = model.num_parameters()
+    vocab_size = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
     learning = "" if trained == total else f" ({trained:,} trained)"
     return (
         f"{f'{name}: ' if name else ''}{total:,} parameters{learning}, {config.num_hidden_layers} layers x "
-        f"{config.hidden_size} wide, context {config.max_position_embeddings:,}, vocabulary {getattr(config, 'unpadded_vocab_size', None) or config.vocab_size:,}"
+        f"{config.hidden_size} wide, context {config.max_position_embeddings:,}, vocabulary {vocab_size:,}"
     )
 
 
@@ -222,21 +228,20 @@ class ConsoleCallback(TrainerCallback):
     def _show_evaluation(self, state, prefix: str, logs: Mapping[str, float]) -> None:
         self._seconds_evaluating += logs[f"{prefix}_runtime"]
         found = {name: logs[f"{prefix}_{name}"] for name in COLUMNS if f"{prefix}_{name}" in logs}
+        scores = {COLUMNS[name][0]: format(value, COLUMNS[name][1]) for name, value in found.items()}
+        step = str(state.global_step)
         if not self._in_training:
             step = "final" if prefix == "eval" and state.global_step else prefix
-        else:
-            step = f"{state.global_step}"
+        if not is_terminal() or (self._bar is None and self._in_training):
+            position = f"step {step}/{state.max_steps}" if self._in_training else step
+            print_line(f"{position}: {', '.join(f'{name} {value}' for name, value in scores.items())}")
+            return
         cells = {"step": step}
         if state.num_input_tokens_seen:
             cells["tokens"] = short_number(state.num_input_tokens_seen)
         if self._train_loss is not None:
             cells["train loss"] = f"{self._train_loss:.4g}"
-        cells |= {COLUMNS[name][0]: format(value, COLUMNS[name][1]) for name, value in found.items()}
-        if not is_terminal() or (self._bar is None and self._in_training):
-            del cells["step"]
-            position = f"step {step}/{state.max_steps}" if self._in_training else f"evaluation ({step})"
-            print_line(f"{position}: {', '.join(f'{name} {value}' for name, value in cells.items())}")
-            return
+        cells |= scores
         widths = {name: max(len(name), 7) for name in cells}
         if list(cells) != self._columns:
             self._columns = list(cells)

@@ -1,4 +1,4 @@
-"""Bits per byte against a recomputation, token by token, in float64."""
+"""Bits per byte match a recomputation in float64, token by token."""
 
 import json
 import math
@@ -134,7 +134,7 @@ def test_the_part_held_out_of_a_single_document(tmp_path):
     assert texts == decode_documents(corpus.validation, tokenizer)
 
 
-def test_a_tokenizer_that_changes_texts_is_told(models, tmp_path, capsys):
+def test_a_tokenizer_that_changes_texts_is_reported(models, tmp_path, capsys):
     from tokenizers import normalizers
 
     tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")

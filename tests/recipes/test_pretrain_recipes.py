@@ -155,26 +155,25 @@ def test_the_loop_trains_like_the_trainer(corpus, folder):
 
 
 def test_two_processes_are_one_run(corpus, folder):
-    """A world of two with half the batch each is the same run as one process."""
-    arguments = [*SMALL, "--max_steps", "4"]
+    """Two processes with half the batch each train like one process."""
+    arguments = [*SMALL, "--max_steps", "4", "--dataset", str(corpus), "--cache_dir", str(folder / "cache")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    output = folder / "two"
-    printed = run([*command, "recipes/pretrain.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
-    assert "2 processes" in printed
-    alone = pretrain.main([*arguments, "--per_device_train_batch_size", "8", *flags(folder, folder / "one", corpus)])
-    together = json.loads((output / "all_results.json").read_text())
+    command += ["-m", "tests.programs.pretraining_recipes", str(folder), *arguments]
+    printed = run(command, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "recipes")]))
+    assert printed.count("2 processes") == 2
+
+    larger = [*arguments, "--per_device_train_batch_size", "8"]
+    alone = pretrain.main([*larger, "--output_dir", str(folder / "one")])
+    together = json.loads((folder / "two/all_results.json").read_text())
     assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
     assert together["train_tokens"] == alone["train_tokens"]
-
-    output = folder / "two_by_loop"
-    run([*command, "recipes/pretrain_loop.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
-    together = json.loads((output / "all_results.json").read_text())
-    larger = ["--per_device_train_batch_size", "8"]
-    alone = pretrain_loop.main([*arguments, *larger, *flags(folder, folder / "one_by_loop", corpus)])
-    assert together["tokens"] == alone["tokens"]
+    alone = pretrain_loop.main([*larger, "--output_dir", str(folder / "one_by_loop")])
+    together = json.loads((folder / "two_by_loop/all_results.json").read_text())
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert together["tokens"] == alone["tokens"]
 
 
+@pytest.mark.slow
 def test_accelerate_launch(corpus, folder):
     output = folder / "launched"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]

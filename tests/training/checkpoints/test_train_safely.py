@@ -1,10 +1,11 @@
+"""Checkpoints survive crashes, signals, full disks and damage, and resumed runs end like uninterrupted ones."""
+
 import builtins
 import errno
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,17 +16,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-
-# this file is also the program that the tests kill, signal and run twice at a time
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import ShuffledDocumentRows
-from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
 from hf_minigpt.training.checkpoints import sealing
 from hf_minigpt.training.checkpoints.divergence import LossGuard, TrainingDiverged
 from hf_minigpt.training.checkpoints.fingerprints import check_same_run, dataset_fingerprint
@@ -44,87 +39,25 @@ from hf_minigpt.training.checkpoints.sealing import (
 )
 from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.checkpoints.train_safely import train_safely
-from hf_minigpt.training.optimizers import muon_adamw
-from hf_minigpt.training.processes import end_training
+from tests.programs.interrupted_training import (
+    STEPS,
+    STEPS_PER_EPOCH,
+    At,
+    Muon,
+    assert_same_weights,
+    make_trainer,
+    weights,
+    write_store,
+)
 from tests.tiny import tiny_config
 
 
-STEPS = 50
-# 82 rows, two at a time, two times a step: an epoch's last step is smaller, and checkpoint 21 is at its end
-STEPS_PER_EPOCH = 21
-
-
-def write_store(folder):
-    if not folder.is_dir():
-        writer = TokenStoreWriter(folder, eos_token_id=0, vocab_size=67)
-        rng = np.random.default_rng(0)
-        for length in rng.integers(3, 40, 60):
-            writer.add(rng.integers(1, 67, length), num_bytes=int(length))
-        writer.close()
-    return TokenStore.open(folder)
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("corpus") / "store")
-
-
-class Muon(Trainer):
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.optimizer = muon_adamw(self.model, learning_rate=1e-2, matrix_learning_rate=2e-2, weight_decay=0.1)
-        return self.optimizer
-
-
-class At(TrainerCallback):
-    """Does something at one moment of training."""
-
-    def __init__(self, step, act, event="on_step_begin"):
-        self.step, self.act = step, act
-        setattr(self, event, self._on_event)
-
-    def _on_event(self, args, state, control, model=None, **kwargs):
-        # a step begins while the one before is the latest
-        if state.global_step + 1 == self.step:
-            self.act(model)
-
-
-def make_trainer(store, output_dir, *, callbacks=(), trainer_class=Trainer, evaluates=False, rows_seed=3, **arguments):
-    torch.manual_seed(0)
-    model = MiniGPTForCausalLM(tiny_config("gpt2", embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1))
-    rows = ShuffledDocumentRows(store, 16, seed=rows_seed)
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "save_steps": 7,
-        "logging_steps": 7,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "use_cpu": True,
-        "label_names": ["shift_labels"],
-        "prediction_loss_only": True,
-    }
-    args = TrainingArguments(str(output_dir), **{**defaults, **arguments})
-    return trainer_class(
-        model,
-        args,
-        train_dataset=rows,
-        eval_dataset=torch.utils.data.Subset(rows, range(4)) if evaluates else None,
-        data_collator=LanguageModelCollator(pad_token_id=1),
-        callbacks=list(callbacks),
-    )
-
-
-def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def assert_same_weights(trainer, expected):
-    found = trainer.model.state_dict()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def history(trainer):
@@ -446,8 +379,9 @@ class Disk:
         self.writing = True
 
 
-def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatch, tmp_path):
-    """The disk fills up while checkpoint 15 is written, at its last write at the latest."""
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_disk_full_at_every_nth_write(store, finished, run_folder, monkeypatch, tmp_path, every):
+    """The disk fills up while checkpoint 15 is written: at every nth write, and at the last ones."""
     whole = run_folder.rename(tmp_path / "whole")
     arguments = {"resume_from_checkpoint": "auto", "max_steps": 15, "save_total_limit": 2}
 
@@ -465,7 +399,8 @@ def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatc
     num_writes = train(None, tmp_path / "healthy")
     assert num_writes > 20
     found = []
-    for fails_at in range(1, num_writes + 1):
+    tried = sorted({*range(1, num_writes + 1, every), *range(num_writes - 4, num_writes + 1)})
+    for fails_at in tried:
         output_dir = tmp_path / "full"
         with pytest.raises(OSError, match=r"Last valid checkpoint: .*checkpoint-1[45]$") as error_info:
             train(fails_at, output_dir)
@@ -475,8 +410,8 @@ def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatc
         assert str(error_info.value).endswith(checkpoint)
         found.append(Path(checkpoint).name)
         shutil.rmtree(output_dir)
-    # after the manifest there are two folders to bring to the disk, and one checkpoint to delete
-    assert found == ["checkpoint-14"] * (num_writes - 3) + ["checkpoint-15"] * 3
+    # after the manifest there are two folders to flush, and one checkpoint to delete
+    assert found == ["checkpoint-14"] * (len(tried) - 3) + ["checkpoint-15"] * 3
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
@@ -838,10 +773,12 @@ def test_sft_trainer(tmp_path):
 # Other processes
 
 
-def start(*arguments, **environment):
+def start(store, output_dir, seconds_per_step):
+    arguments = map(str, (store.folder, output_dir, seconds_per_step))
     return subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-m", "tests.programs.interrupted_training", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -858,7 +795,7 @@ def wait_for(condition, process, seconds=120):
 def test_sigkill(store, finished, tmp_path):
     """A process killed at a random moment after its second checkpoint is resumed by another."""
     output_dir = tmp_path / "run"
-    child = start("train", store.folder, output_dir, 0.03)
+    child = start(store, output_dir, 0.03)
     wait_for(lambda: (output_dir / "checkpoint-14" / sealing.MANIFEST).exists(), child)
     with pytest.raises(ValueError, match="in use by another run"), run_lock(output_dir):
         pass
@@ -888,69 +825,3 @@ def test_second_signal_ends_the_process():
     time.sleep(1.1)
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
-
-
-def test_two_processes(store, tmp_path):
-    """The signal of one stops both at the same step; the resumed run is exact; one process can take it over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        start("distributed", store.folder, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
-        for rank in range(2)
-    ]
-    outputs = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
-    assert "rank 0 done" in outputs[0] and "rank 1 done" in outputs[1]
-
-    checkpoint = tmp_path / "run" / "checkpoint-9"
-    assert {"rng_state_0.pth", "rng_state_1.pth"} < verify_checkpoint(checkpoint)["files"].keys()
-    shutil.copytree(checkpoint, tmp_path / "single" / "checkpoint-9")
-    trainer = make_trainer(store, tmp_path / "single", resume_from_checkpoint="auto", max_steps=12)
-    with pytest.raises(ValueError, match="world_size: 2 in the checkpoint, 1 now"):
-        train_safely(trainer)
-    train_safely(trainer, allow_changed_run=True)
-    assert trainer.state.global_step == 12
-
-
-def run_distributed(store, folder):
-    rank = int(os.environ["RANK"])
-    uninterrupted = make_trainer(store, folder / "uninterrupted", max_steps=16)
-    train_safely(uninterrupted)
-    kill = [At(9, lambda model: os.kill(os.getpid(), signal.SIGTERM))] if rank == 1 else []
-    stopped = make_trainer(store, folder / "run", max_steps=16, callbacks=kill)
-    try:
-        train_safely(stopped)
-    except SystemExit as exit_info:
-        assert exit_info.code == 75
-    assert stopped.state.global_step == 9
-    # another folder in the way of the resumed run
-    if rank == 0:
-        (folder / "run" / "checkpoint-12").mkdir()
-    resumed = make_trainer(store, folder / "run", max_steps=16, resume_from_checkpoint="auto")
-    train_safely(resumed)
-    assert_same_weights(resumed, weights(uninterrupted))
-    again = make_trainer(store, folder / "run", max_steps=16)
-    with pytest.raises(ValueError, match="earlier run"):
-        train_safely(again)
-    end_training(again.accelerator, uninterrupted, stopped, resumed, again)
-    print(f"rank {rank} done")
-
-
-def main(job, store_folder, output_dir, seconds_per_step="0"):
-    torch.set_num_threads(1)
-    store, output_dir = TokenStore.open(store_folder), Path(output_dir)
-    if job == "distributed":
-        run_distributed(store, output_dir)
-        return
-
-    class Slow(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            time.sleep(float(seconds_per_step))
-
-    train_safely(make_trainer(store, output_dir, callbacks=[Slow()]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
