@@ -29,7 +29,7 @@ from tests.programs.distributed_training import (
     take_steps,
     train,
 )
-from tests.programs.interrupted_training import make_trainer
+from tests.programs.interrupted_training import make_trainer, write_store
 from tests.tiny import tiny_config
 
 
@@ -65,6 +65,7 @@ def losses(output_dir: Path) -> list[float]:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     open_store(folder / "store")
+    write_store(folder / "signals_store")
     return folder
 
 
@@ -116,7 +117,7 @@ def test_a_signal_to_one_process_stops_both(folder, together):
     checkpoint = folder / "signals" / "checkpoint-9"
     assert {"rng_state_0.pth", "rng_state_1.pth"} < verify_checkpoint(checkpoint)["files"].keys()
     shutil.copytree(checkpoint, folder / "signals_single" / "checkpoint-9")
-    store = open_store(folder / "signals_store")
+    store = write_store(folder / "signals_store")
     trainer = make_trainer(store, folder / "signals_single", resume_from_checkpoint="auto", max_steps=12)
     with pytest.raises(ValueError, match="world_size: 2 in the checkpoint, 1 now"):
         train_safely(trainer)
