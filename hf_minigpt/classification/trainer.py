@@ -80,13 +80,19 @@ class ClassificationTrainer(RecipeTrainer):
             )
         self._num_examples = 0
 
+    def _train_batches(self) -> TokenBudgetBatches:
+        assert isinstance(self.train_dataset, ReviewRows)
+        return TokenBudgetBatches(self.train_dataset, self.args.tokens_per_batch, self.args.seed, self.args.world_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self._train_batches()) // self.args.world_size
+
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset
-        assert isinstance(rows, ReviewRows)
-        batches = TokenBudgetBatches(rows, self.args.tokens_per_batch, self.args.seed, self.args.world_size)
+        assert isinstance(self.train_dataset, ReviewRows)
         loader = DataLoader(
-            rows,
-            batch_sampler=batches,
+            self.train_dataset,
+            batch_sampler=self._train_batches(),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,

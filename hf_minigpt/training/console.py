@@ -46,6 +46,11 @@ def short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
+def _figure(value: float, digits: str) -> str:
+    # not 5.026e+04, which the perplexity of a new model would be
+    return f"{value:,.0f}" if 1e4 <= value < 1e7 else format(value, digits)
+
+
 def print_line(text: str, max_width: int | None = None) -> None:
     """Print a line above the progress bar, cut to the width of the terminal. In a file it is cut to `max_width`."""
     width = _width() if is_terminal() else max_width or len(text)
@@ -144,17 +149,23 @@ def describe_plan(args: Any, num_steps: int, tokens_per_step: int | None = None)
     """Return one line about what a run will do: steps, tokens, batch, optimizer and learning rates.
 
     Args:
-        args: `RecipeArguments`.
+        args: `RecipeArguments`. Batches hold rows, or with `tokens_per_batch` at most this many tokens.
         tokens_per_step: over all processes, if it is constant.
     """
     tokens = ""
     if tokens_per_step is not None:
         tokens = f" of {tokens_per_step:,} tokens, {short_number(num_steps * tokens_per_step)} tokens in all"
+    batch = f"{args.rows_per_step:,} rows"
+    if hasattr(args, "tokens_per_batch"):
+        batch = f"{args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size:,} tokens"
     rates = f"learning rate {args.learning_rate:g}"
     if args.optimizer == "muon":
-        rates = f"learning rates {args.matrix_learning_rate:g} (matrices) and {args.learning_rate:g}"
+        batch = f"{args.rows_per_step:,} rows"
+    if hasattr(args, "tokens_per_batch"):
+        batch = f"{args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size:,} tokens"
+    rates = f"learning rates {args.matrix_learning_rate:g} (matrices) and {args.learning_rate:g}"
     optimizer = getattr(args.optim, "value", args.optim) if args.optimizer == "trainer" else args.optimizer
-    return f"{num_steps:,} steps{tokens}, batch {args.rows_per_step:,}, {optimizer}, {rates}"
+    return f"{num_steps:,} steps{tokens}, batch {batch}, {optimizer}, {rates}"
 
 
 class ConsoleCallback(TrainerCallback):
@@ -228,7 +239,7 @@ class ConsoleCallback(TrainerCallback):
     def _show_evaluation(self, state, prefix: str, logs: Mapping[str, float]) -> None:
         self._seconds_evaluating += logs[f"{prefix}_runtime"]
         found = {name: logs[f"{prefix}_{name}"] for name in COLUMNS if f"{prefix}_{name}" in logs}
-        scores = {COLUMNS[name][0]: format(value, COLUMNS[name][1]) for name, value in found.items()}
+        scores = {COLUMNS[name][0]: _figure(value, COLUMNS[name][1]) for name, value in found.items()}
         step = str(state.global_step)
         if not self._in_training:
             step = "final" if prefix == "eval" and state.global_step else prefix

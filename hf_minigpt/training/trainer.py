@@ -58,11 +58,15 @@ class RecipeTrainer(Trainer):
         """Number of optimizer steps of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
+        steps_per_epoch = max(math.ceil(self.batches_per_epoch / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * steps_per_epoch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches of one process in an epoch."""
         assert isinstance(self.train_dataset, Sized)
         batches = len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size)
-        batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
-        steps_per_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
-        return math.ceil(self.args.num_train_epochs * steps_per_epoch)
+        return math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)

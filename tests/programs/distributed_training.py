@@ -55,7 +55,7 @@ def open_store(folder: Path) -> TokenStore:
         writer = TokenStoreWriter(folder, eos_token_id=0, vocab_size=67)
         rng = np.random.default_rng(0)
         for length in rng.integers(3, 40, 60):
-            # each token follows from the one before, so that there is something to learn
+            # each token depends on the previous one, so that there is something to learn
             writer.add(1 + np.cumsum(rng.integers(1, 4, length)) % 66, num_bytes=int(length))
         writer.close()
     return TokenStore.open(folder)
@@ -90,7 +90,7 @@ def train(folder: Path, output_dir: str, optimizer: str, **arguments) -> Languag
         save_steps=SAVED,
         save_total_limit=None,
         logging_steps=1,
-        # the rows that an epoch's last step lacks would be taken from its first
+        # accelerate would fill the last batch of an epoch with rows of the first
         dataloader_drop_last=True,
         eval_strategy="no",
         disable_tqdm=True,
@@ -122,7 +122,7 @@ def ddp(folder: Path) -> None:
             copy_checkpoint(folder, f"alone_{optimizer}", f"joined_{optimizer}")
         dist.barrier()
         train(folder, f"resumed_{optimizer}", optimizer, resume_from_checkpoint="auto")
-        # what one process has begun
+        # resume what one process has begun
         resume = {"resume_from_checkpoint": "auto", "allow_changed_run": True}
         train(folder, f"joined_{optimizer}", optimizer, **resume)
 
@@ -157,7 +157,7 @@ def classify(folder: Path) -> torch.Tensor:
         data_collator=ReviewCollator(tokenizer.pad_token_id),
         optimizer_cls_and_kwargs=classification_optimizer(args),
     )
-    # of an odd number one would be cut in two for two processes
+    # with an odd number, one batch would be split over two processes
     assert len(trainer.get_train_dataloader()) * world_size % 2 == 0
     trainer.train()
     weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()

@@ -50,7 +50,7 @@ class At(TrainerCallback):
         setattr(self, event, self._on_event)
 
     def _on_event(self, args, state, control, model=None, **kwargs):
-        # a step begins while the one before is the latest
+        # global_step still counts the previous steps when a step begins
         if state.global_step + 1 == self.step:
             self.act(model)
 

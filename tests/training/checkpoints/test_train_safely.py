@@ -117,7 +117,7 @@ def test_resume_is_exact(finished, store, tmp_path, step):
     ],
     ids=["muon", "adafactor", "workers", "epochs"],
 )
-def test_resume_is_exact_with(store, tmp_path, arguments):
+def test_resume_is_exact_with_other_arguments(store, tmp_path, arguments):
     uninterrupted = make_trainer(store, tmp_path / "uninterrupted", **arguments)
     train_safely(uninterrupted)
     checkpoint = newest_sealed(tmp_path / "uninterrupted")
@@ -129,19 +129,19 @@ def test_resume_is_exact_with(store, tmp_path, arguments):
     assert history(trainer) == history(uninterrupted)
 
 
-def test_resume_of_a_finished_run(finished, store, tmp_path, capsys):
+def test_a_finished_run_resumes_without_training(finished, store, tmp_path, capsys):
     shutil.copytree(Path(finished[0].args.output_dir, f"checkpoint-{STEPS}"), tmp_path / f"checkpoint-{STEPS}")
     trainer = make_trainer(store, tmp_path, resume_from_checkpoint="auto")
     output = train_safely(trainer)
     assert output.global_step == STEPS
     assert output.metrics["train_loss"] == history(trainer)[-1]["loss"]
-    # and it can be trained further
+    # it can be trained further
     trainer.args.max_steps = STEPS + 3
     assert train_safely(trainer, allow_changed_run=True).global_step == STEPS + 3
     assert capsys.readouterr().out.count(" in the checkpoint, ") == 1
 
 
-def test_save_total_limit_and_best_model(store, tmp_path):
+def test_rotation_keeps_the_best_model(store, tmp_path):
     # the best model is the first: the learning rate ruins it
     arguments = {
         "learning_rate": 0.3,
@@ -215,20 +215,20 @@ def default_sigint():
     signal.signal(signal.SIGINT, before)
 
 
-def test_signal_after_the_last_question_is_not_lost(default_sigint):
+def test_signal_after_the_last_check_is_not_lost(default_sigint):
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         assert not signals.requested()
         os.kill(os.getpid(), signal.SIGINT)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        # what a launcher passes on
+        # forwarded by a launcher
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.requested()
     with pytest.raises(SystemExit, match="75"):
         signals.exit_if_requested()
 
 
-def test_signals_outside_the_main_thread_are_left_alone():
+def test_signals_outside_the_main_thread_are_not_handled():
     answers = []
 
     def ask():
@@ -245,7 +245,7 @@ def test_signals_outside_the_main_thread_are_left_alone():
 
 
 def damages(path):
-    """Ways to break a file: name, function."""
+    """Yield ways to damage a file: name, function."""
     content = path.read_bytes()
 
     def flip(place):
@@ -258,7 +258,7 @@ def damages(path):
         yield f"flipped byte {place}", flip(place)
 
 
-def test_every_damage_to_every_file_is_noticed(run_folder, capsys):
+def test_any_damage_to_any_file_is_detected(run_folder, capsys):
     newest = run_folder / "checkpoint-14"
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < {
@@ -281,7 +281,7 @@ def test_every_damage_to_every_file_is_noticed(run_folder, capsys):
     assert find_checkpoint(run_folder) == str(newest)
 
 
-def test_set_aside_is_never_overwritten(run_folder):
+def test_checkpoints_set_aside_are_never_overwritten(run_folder):
     for text in ("first", "second"):
         broken = run_folder / "checkpoint-20"
         broken.mkdir()
@@ -291,7 +291,7 @@ def test_set_aside_is_never_overwritten(run_folder):
     assert (run_folder / "_aside-checkpoint-20-2" / "model.safetensors").read_text() == "second"
 
 
-def test_resolve_resume(run_folder, tmp_path):
+def test_resume_finds_the_right_checkpoint_or_refuses(run_folder, tmp_path):
     assert resolve_resume(None, tmp_path / "new") is None
     assert resolve_resume("auto", tmp_path / "new") is None
     with pytest.raises(ValueError, match="checkpoint-14 of an earlier run"):
@@ -303,7 +303,7 @@ def test_resolve_resume(run_folder, tmp_path):
         resolve_resume(str(elsewhere), run_folder)
     assert resolve_resume(str(elsewhere), tmp_path / "new") == str(elsewhere)
 
-    # the look before the run changes nothing
+    # check_resume changes nothing
     older = str(run_folder / "checkpoint-7")
     for good in (older, "auto"):
         check_resume(good, run_folder)
@@ -327,7 +327,7 @@ def sealed_folders(output_dir, *steps):
         seal_checkpoint(folder)
 
 
-def test_rotation(tmp_path):
+def test_rotation_deletes_the_oldest_checkpoints(tmp_path):
     sealed_folders(tmp_path, 5, 10, 15, 20, 100)
     unfinished = tmp_path / "checkpoint-110"
     unfinished.mkdir()
@@ -340,7 +340,7 @@ def test_rotation(tmp_path):
     rotate_checkpoints(tmp_path, keep=None)
     assert steps() == [5, 10, 15, 20, 100, 110]
     assert not left.exists()
-    # as the Trainer's own: the protected one is among those kept
+    # as in the Trainer, a protected checkpoint counts among those kept
     rotate_checkpoints(tmp_path, keep=3, protected=[f"{tmp_path}/./checkpoint-5"])
     assert steps() == [5, 20, 100, 110]
     rotate_checkpoints(tmp_path, keep=1, protected=[tmp_path / "checkpoint-5"])
@@ -353,7 +353,7 @@ def test_rotation(tmp_path):
 
 
 class Disk:
-    """From the n-th write on every write fails, as on a full disk."""
+    """Fails every write from the n-th on, like a full disk."""
 
     def __init__(self, monkeypatch, fails_at=None):
         self.fails_at = fails_at
@@ -415,8 +415,8 @@ def test_disk_full_at_every_nth_write(store, finished, run_folder, monkeypatch, 
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
-def test_file_size_limit(store, finished, run_folder, share):
-    """The kernel lets files grow to this share of the largest."""
+def test_a_file_that_cannot_grow_leaves_the_last_valid_checkpoint(store, finished, run_folder, share):
+    """The kernel limits files to this fraction of the largest."""
     largest = max(path.stat().st_size for path in (run_folder / "checkpoint-14").iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -447,7 +447,7 @@ def test_second_run_in_a_folder_is_refused(store, tmp_path):
         pass
 
 
-def test_worker_that_outlives_the_run_does_not_hold_its_lock(tmp_path):
+def test_a_worker_that_outlives_the_run_does_not_keep_its_lock(tmp_path):
     ready, done = os.pipe()
     run = os.fork()
     if run == 0:
@@ -487,8 +487,8 @@ def test_changed_run_is_refused(store, run_folder, change, field):
         train_safely(trainer)
 
 
-def test_changed_run_goes_on_if_asked(store, run_folder, capsys):
-    # what changes no weight may change
+def test_changed_run_resumes_if_allowed(store, run_folder, capsys):
+    # settings that do not affect the weights may change
     arguments = {"resume_from_checkpoint": "auto", "save_steps": 5, "logging_steps": 3, "max_steps": 16}
     trainer = make_trainer(store, run_folder, per_device_train_batch_size=4, **arguments)
     train_safely(trainer, allow_changed_run=True)
@@ -498,7 +498,7 @@ def test_changed_run_goes_on_if_asked(store, run_folder, capsys):
     assert run["config"]["hidden_size"] == 24
 
 
-def test_check_same_run_names_all_that_differs(tmp_path):
+def test_check_same_run_names_all_differences(tmp_path):
     sealed_folders(tmp_path, 1)
     run = {"batch": 2, "config": {"width": 8, "depth": 2}}
     seal_checkpoint(tmp_path / "checkpoint-1", run)
@@ -514,7 +514,15 @@ def test_check_same_run_names_all_that_differs(tmp_path):
     assert "width" not in str(error_info.value)
 
 
-def test_dataset_fingerprint(store):
+def test_manifests_with_old_field_names_are_read(tmp_path):
+    sealed_folders(tmp_path, 1)
+    seal_checkpoint(tmp_path / "checkpoint-1", {"arguments": {"adversarial_share": 0.1}})
+    check_same_run(tmp_path / "checkpoint-1", {"arguments": {"adversarial_epsilon": 0.1}})
+    with pytest.raises(ValueError, match=r"adversarial_epsilon: 0\.1 in the checkpoint, 0\.2 now"):
+        check_same_run(tmp_path / "checkpoint-1", {"arguments": {"adversarial_epsilon": 0.2}})
+
+
+def test_different_datasets_have_different_fingerprints(store):
     import datasets
 
     data = datasets.Dataset.from_dict({"input_ids": [[i, i + 1] for i in range(500)]})
@@ -541,7 +549,7 @@ def test_unusable_arguments_are_refused(store, run_folder):
 
 
 class RecordingCollator(LanguageModelCollator):
-    """Remembers the rows' first three tokens, batch by batch."""
+    """Records the rows of each batch."""
 
     def __call__(self, rows):
         batches.append([row["input_ids"].tolist() for row in rows])
@@ -574,7 +582,7 @@ def test_divergence_names_step_rows_and_checkpoint(store, tmp_path, factor, what
     assert f"step 25 in rows {error.rows}" in str(error) and "checkpoint-21" in str(error)
 
 
-def test_exploding_gradient(store, tmp_path):
+def test_exploding_gradient_stops_the_run(store, tmp_path):
     @torch.no_grad()
     def ruin(model):
         # the loss stays what it is, but the gradient of this weight is NaN
@@ -587,7 +595,7 @@ def test_exploding_gradient(store, tmp_path):
     assert error_info.value.checkpoint == str(tmp_path / "checkpoint-7")
 
 
-def test_loss_guard(tmp_path):
+def test_loss_guard_stops_at_a_high_loss(tmp_path):
     sealed_folders(tmp_path, 3)
     guard = LossGuard(tmp_path)
     for step, loss in enumerate([5.0, 4.0, 14.9], start=1):
@@ -600,11 +608,11 @@ def test_loss_guard(tmp_path):
         guard.check()
 
 
-# A loop of one's own
+# A custom loop
 
 
 def train_in_a_loop(store, output_dir, signal_at=None, num_steps=30):
-    """What the module's docstring says, with torch alone: returns the weights."""
+    """Train as in the docstring of train_safely, with torch only, and return the weights."""
     torch.manual_seed(0)
     rows = ShuffledDocumentRows(store, 16, seed=3)
     model = MiniGPTForCausalLM(tiny_config("gpt2", resid_pdrop=0.1))
@@ -650,7 +658,7 @@ def train_in_a_loop(store, output_dir, signal_at=None, num_steps=30):
     return model.state_dict()
 
 
-def test_bare_loop(store, tmp_path):
+def test_custom_loop_resumes_exactly(store, tmp_path):
     expected = train_in_a_loop(store, tmp_path / "uninterrupted")
     assert {path.name for path in (tmp_path / "uninterrupted").glob("checkpoint-*")} == {
         "checkpoint-16",
@@ -663,7 +671,7 @@ def test_bare_loop(store, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_bare_loop_disk_full(tmp_path):
+def test_custom_loop_reports_a_full_disk(tmp_path):
     sealed_folders(tmp_path, 3)
     with (
         CheckpointSealer(tmp_path) as sealer,
@@ -729,7 +737,7 @@ def test_resume_of_a_stream_is_exact(tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_trainer(tmp_path):
+def test_trl_trainer_resumes_exactly(tmp_path):
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -792,7 +800,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
-def test_sigkill(store, finished, tmp_path):
+def test_a_killed_run_resumes_exactly(store, finished, tmp_path):
     """A process killed at a random moment after its second checkpoint is resumed by another."""
     output_dir = tmp_path / "run"
     child = start(store, output_dir, 0.03)
