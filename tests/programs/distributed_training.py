@@ -45,7 +45,7 @@ from tests.tiny import tiny_config
 
 OPTIMIZERS = ("muon", "adamw")
 ROWS_PER_STEP = 8
-STEPS = 20
+STEPS = 14
 # an epoch has 10
 SAVED = 7
 
