@@ -232,7 +232,7 @@ def test_generate_slides_over_a_learned_table(corpus, folder, capsys):
 
 
 def test_a_character_cut_by_a_window_is_printed_whole(pretrained, monkeypatch, capsys):
-    """Windows of two tokens end amid the bytes of every character; the text ends amid one."""
+    """Windows of two tokens end within the bytes of every character, and the text ends within one."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     written = tokenizer("天地玄黃 👍 ", add_special_tokens=False)["input_ids"]
     written += tokenizer("宇", add_special_tokens=False)["input_ids"][:2]

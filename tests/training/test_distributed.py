@@ -44,7 +44,7 @@ def torchrun(folder: Path, *jobs: str, restarts: int = 0) -> subprocess.Complete
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # without it, restarted processes may find the addresses of the dead ones
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # a job that hangs fails by the time limit
+    # the time limit ends a job that hangs
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -197,6 +197,6 @@ def test_fsdp2_by_accelerate(optimizer, tmp_path):
     command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--resume_from_checkpoint", "auto"]
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=600)
-        # the second goes on from the first one's half
+        # the second run resumes from the checkpoint at step 5
         shutil.rmtree(tmp_path / "run/checkpoint-10")
     assert MiniGPTForCausalLM.from_pretrained(tmp_path / "run").num_parameters() > 0
