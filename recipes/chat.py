@@ -20,7 +20,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.flags import number
 from hf_minigpt.tokenization import load_tokenizer
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from hf_minigpt.adapters import is_adapter, merged, save_merged
 from hf_minigpt.flags import number
 from hf_minigpt.publishing import page
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 APP = '''\

@@ -43,14 +43,14 @@ from hf_minigpt.classification.report import spread
 from hf_minigpt.classification.results import print_plan, save_results
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.publishing.hub import prepare_push, push_run
-from hf_minigpt.training.arguments import ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.loading import check_base_exists
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.parsing import parse
+from hf_minigpt.training.processes import check_writable, end_training, use_all_cores
 from hf_minigpt.training.safeguards import optional
-from hf_minigpt.training.trainer import end_training
 
 
 def train(seed, output_dir, model_args, review_args, args, lora_args, splits):

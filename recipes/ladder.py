@@ -36,9 +36,10 @@ from hf_minigpt.pretraining.ladder import LadderArguments, train_rung
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_rungs
 from hf_minigpt.tokenization import num_ids, train_character_tokenizer
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.evaluation import decode_documents
 from hf_minigpt.training.parsing import parse
+from hf_minigpt.training.processes import check_writable, use_all_cores
 from hf_minigpt.training.safeguards import optional, written
 
 

@@ -1,21 +1,20 @@
 """
-How well causal language models predict the same text: bits per byte, comparable across tokenizers, and perplexity.
+Compare how well causal language models predict a text: bits per byte (comparable across tokenizers) and perplexity.
 
     python recipes/perplexity.py runs/pretrain
-    python recipes/perplexity.py runs/books openai-community/gpt2 --dataset ../shared/data/books
+    python recipes/perplexity.py runs/books openai-community/gpt2 --dataset my_books/
     python recipes/perplexity.py runs/books openai-community/gpt2 --dataset the-verdict.txt --part all --stride 64
 
-MODEL is any causal model of transformers, a folder or a name on the Hub. By default it reads the documents that
-recipes/pretrain.py holds out of the same corpus (with its `--validation_fraction` and `--split_seed`), by default of
-the embedded tales, whose own entropy is printed beside; `--part all` reads everything, for a corpus that no model was
-trained on.
+MODEL is any causal model of transformers: a folder or a name on the Hub. The default text is the held-out set of
+recipes/pretrain.py (same `--validation_fraction` and `--split_seed`) of the embedded tales, whose entropy is printed
+too. `--part all` scores a whole corpus, for one that no model was trained on.
 
-Every document follows the model's own beginning- or end-of-text token, and each of its bytes is scored exactly once.
-What is longer than the context is read in windows that advance by `--stride` tokens: each scores the tokens that the
-one before has not seen, so that all but a document's first tokens have at least context - stride tokens before them.
-A smaller stride predicts better and takes longer. Several models are all loaded once before the first is scored, and
-each figure is printed, and written to `--output`, as it comes. The first command on the default run's model: 1.05
-times the tales' entropy, in half a minute on one core.
+Every document follows the model's beginning- or end-of-text token, and each of its bytes is scored exactly once.
+Documents longer than the context are read in windows that advance by `--stride` tokens. Each window scores the tokens
+that the previous one has not seen, so all but the first tokens of a document have at least context - stride tokens
+before them. A smaller stride predicts better and takes longer. All models are loaded once before the first is scored.
+Each result is printed, and written to `--output`, as soon as it exists. The first command takes half a minute on one
+core and gives 1.05 times the entropy of the tales for the default run's model.
 """
 
 import argparse
@@ -32,16 +31,16 @@ from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents
 from hf_minigpt.flags import number
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.evaluation import score_texts, window_sizes
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
-from hf_minigpt.training.sliding_windows import score_texts, window_sizes
 
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 
 
 def load(name: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A model and its tokenizer, fit for the windows that the flags ask for."""
+    """Load a model and its tokenizer, and check that the flags suit them."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name, trust_remote_code=args.trust_remote_code)
     model = load_causal_lm(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     window_sizes(model, tokenizer, context=args.context_length, stride=args.stride, name=name)
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument(
         "--max_examples", type=number(int, least=1), help="read only the first documents of the corpus"
     )
-    parser.add_argument("--part", choices=["held_out", "all"], default="held_out", help="of the corpus, to score")
+    parser.add_argument("--part", choices=["held_out", "all"], default="held_out", help="part of the corpus to score")
     parser.add_argument(
         "--validation_fraction", type=number(float, above=0, below=1), default=0.1, help="as in recipes/pretrain.py"
     )
@@ -68,22 +67,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         "--split_seed", type=number(int, least=0, most=2**32 - 1), default=0, help="as in recipes/pretrain.py"
     )
     parser.add_argument(
-        "--context_length", type=number(int, least=1), help="tokens seen at a time; default: what each model can"
+        "--context_length", type=number(int, least=1), help="tokens seen at a time; default: the context of each model"
     )
     parser.add_argument(
         "--stride", type=number(int, least=1), help="tokens that a window advances; default: half the context"
     )
     parser.add_argument("--tokens_per_batch", type=number(int, least=1), default=4096)
     parser.add_argument("--tokenizer", help="folder or Hub name, for models that were saved without one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="auto: as saved")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="auto: as saved in the checkpoint")
     parser.add_argument("--cpu_threads", type=number(int, least=1, most=1024), help="default: all cores")
-    parser.add_argument("--output", type=Path, help="also write the figures into this .json file")
+    parser.add_argument("--output", type=Path, help="also write the results into this .json file")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     args = parser.parse_args(argv)
     allow_any_output()
 
     if args.output is not None and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}, make it first.")
+        parser.error(f"--output {args.output}: the folder {args.output.parent} does not exist. Create it first.")
 
     use_all_cores(args.cpu_threads)
     documents = load_documents(
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         max_examples=args.max_examples,
     )
     if len(args.models) > 1:
-        # what is wrong with the last model is not to show after the others were scored
+        # a mistake in the last model must not appear only after the others are scored
         for name in args.models:
             load(name, args)
     split = {"validation_fraction": args.validation_fraction, "seed": args.split_seed}
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         if result["changed_texts"]:
             print(
                 f"{name}: its tokenizer changes {result['changed_texts']} of {len(texts)} texts (case, spaces, "
-                "unknown characters): its bits per byte are not of the same bytes.",
+                "unknown characters). Its bits per byte do not compare with the others'.",
                 file=sys.stderr,
             )
     if args.dataset is None:

@@ -5,25 +5,26 @@ Pretrain a MiniGPT. Without arguments: on the embedded tales, on a laptop's CPU,
 
 On your own text (a file or folder of .txt, .jsonl, .json, .csv, .parquet, or a name on the Hub):
 
-    accelerate launch recipes/pretrain.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
+    accelerate launch recipes/pretrain.py --dataset my_books/ --max_steps 200 --output_dir runs/books
 
-Going on from a checkpoint, with its tokenizer; from a YAML file, flags winning over it; what a run would take:
+Continue from a checkpoint, with its tokenizer. Read settings from a YAML file; flags override it. Print what a run
+would take, without training:
 
     accelerate launch recipes/pretrain.py --model runs/books --dataset the-verdict.txt --output_dir runs/verdict
     accelerate launch recipes/pretrain.py --config recipes/configs/books.yaml --learning_rate 2e-3
     python recipes/pretrain.py --config recipes/configs/bookcorpus.yaml --plan --price_per_hour 3
 
-Onto the Hub, after `hf auth login`: each checkpoint as it is made, at the end everything, the model card included:
+Push to the Hub, after `hf auth login`: each checkpoint when it is saved, and at the end the model and its card:
 
     accelerate launch recipes/pretrain.py --push_to_hub true --hub_model_id you/your-minigpt
 
-On a corpus larger than the disk, from the Hub, read and tokenized while the model trains:
+Stream a corpus that is larger than the disk from the Hub. It is read and tokenized during training:
 
     accelerate launch recipes/pretrain.py --streaming true --dataset HuggingFaceFW/fineweb-edu --max_steps 5000
 
-Interrupted, by Ctrl-C or by a crash: the same command with `--resume_from_checkpoint auto` goes on as if nothing had
-been; without it, a folder that holds checkpoints is refused. Two processes on one machine, started again if one dies
-(the variable keeps torchrun from handing them the addresses of the dead ones):
+After Ctrl-C or a crash, the same command with `--resume_from_checkpoint auto` resumes the run exactly. Without it, a
+folder with checkpoints is refused. Two processes on one machine, restarted if one dies (the variable keeps torchrun
+from giving restarted processes the addresses of dead ones):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node 2 --max-restarts 3 \
         recipes/pretrain.py --resume_from_checkpoint auto
@@ -45,16 +46,18 @@ from hf_minigpt.pretraining.report import format_metrics, pretraining_report, sa
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.callbacks import PrintSample
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
+from hf_minigpt.training.console import describe_model, describe_plan, print_header, print_sample, print_summary
 from hf_minigpt.training.evaluation import decode_documents, sample_texts, tale_metrics
 from hf_minigpt.training.loading import build_model, context_length
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
-from hf_minigpt.training.safeguards import optional, written
-from hf_minigpt.training.trainer import LanguageModelTrainer, end_training
+from hf_minigpt.training.processes import check_writable, end_training, use_all_cores
+from hf_minigpt.training.safeguards import optional
+from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -67,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(plan_pretraining(model_args, data_args, plan_args, args))
         return {}
 
-    # Whatever can be wrong is found before anything takes long.
+    # Find mistakes before any long work starts.
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
     length = context_length(model_args)
     documents = open_documents(data_args)
     prepare_push(args)
 
-    # Data: one process tokenizes, the others open what it wrote.
+    # Data: one process tokenizes, the others read its files.
     with args.main_process_first(desc="tokenizing"):
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
     train_rows = training_rows(corpus, tokenizer, length, data_args, args)
@@ -93,16 +96,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
         callbacks=[PrintSample(tokenizer)],
     )
-    trainer.accelerator.print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} token vocabulary, corpus {documents.name}: "
-        f"{', '.join(f'{name.lower()} {value}' for name, value in corpus.describe().items())}\n"
-        f"{args.describe_hardware()}"
+    facts = ", ".join(f"{name.lower()} {value}" for name, value in corpus.describe().items())
+    print_header(
+        f"Pretraining in {args.output_dir}",
+        {
+            "model": describe_model(model, model_args.model or model_args.preset),
+            "data": f"{documents.name}: {facts}",
+            "device": args.describe_hardware(),
+            "plan": describe_plan(args, trainer.num_steps, args.rows_per_step * length),
+        },
     )
     metrics = train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
 
-    # Results: first what cannot be had again
+    # Results. The weights first: nothing that fails later may lose them.
     model.config.use_cache = True
-    # called so, it leaves pushing to the end
+    # an internal call does not push; the recipe pushes at the end
     trainer.save_model(_internal_call=True)
     trainer.save_metrics("pretrain", metrics)
     metrics |= trainer.evaluate()
@@ -121,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("sampling a text"):
             (sample,) = sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
         if data_args.dataset is None:
-            with optional("reading the model's tales"):
+            with optional("evaluating the model's tales"):
                 tales = sample_texts(model, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
                 held_out = decode_documents(corpus.validation, tokenizer)
                 figures = tale_metrics(metrics["eval_bits_per_byte"], held_out, tales)
@@ -133,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         save_results()
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         shown |= {"tokens_per_second": metrics["train_tokens_per_second"]}
-        print("\n".join(f"{name:40} {value}" for name, value in format_metrics(shown).items()))
-        files = written(args.output_dir, "README.md", "loss.png")
-        print(f"\n{sample}\n\n{args.output_dir} holds the model, its tokenizer and code{files}. Next:")
-        print(f"  python recipes/generate.py {args.output_dir} --prompt {shlex.quote(' '.join(sample.split()[:2]))}")
+        prompt = shlex.quote(" ".join(sample.split()[:2]))
+        commands = [f"python recipes/generate.py {args.output_dir} --prompt {prompt}"]
+        print_sample(sample)
+        print_summary(format_metrics(shown), args.output_dir, ["README.md", "loss.png"], commands)
     with optional("pushing to the Hub"):
         push_run(args)
     end_training(trainer.accelerator, trainer)

@@ -1,11 +1,11 @@
 """
-The job of recipes/pretrain.py as a bare Accelerate loop, for those who want to change the loop. Same flags.
+The same as recipes/pretrain.py, with the same flags, but with a plain Accelerate loop that you can edit.
 
     accelerate launch recipes/pretrain_loop.py
-    accelerate launch recipes/pretrain_loop.py --dataset ../shared/data/books --max_steps 200 --output_dir runs/books
+    accelerate launch recipes/pretrain_loop.py --dataset my_books/ --max_steps 200 --output_dir runs/books
 
-Interrupted, it goes on with `--resume_from_checkpoint auto`. What it leaves to the Trainer: the model card, and
-pushing checkpoints (`--push_to_hub true` pushes at the end).
+`--resume_from_checkpoint auto` resumes an interrupted run. Unlike recipes/pretrain.py, it writes no model card and
+pushes no checkpoints (`--push_to_hub true` pushes at the end).
 """
 
 import itertools
@@ -25,21 +25,23 @@ from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, ShuffledDocumentRows
 from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.pretraining.data import open_documents, prepare_data, training_rows
+from hf_minigpt.pretraining.report import format_metrics
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.checkpoints.divergence import LossGuard
 from hf_minigpt.training.checkpoints.fingerprints import check_same_run, dataset_fingerprint, run_fingerprint
 from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, check_resume, resolve_resume, run_lock
 from hf_minigpt.training.checkpoints.signals import StopSignals
+from hf_minigpt.training.console import describe_model, describe_plan, print_header, print_sample, print_summary
 from hf_minigpt.training.evaluation import evaluate_language_model, sample_texts
 from hf_minigpt.training.loading import build_model, context_length
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
+from hf_minigpt.training.processes import check_writable, end_training, print_once, use_all_cores
 from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.settings import save_settings
-from hf_minigpt.training.trainer import end_training
 
 
 Batch = dict[str, torch.Tensor]
@@ -52,30 +54,31 @@ def endless_batches(
     seed: int,
     first: int,
 ) -> Iterator[Batch]:
-    """The batches of one epoch after the other from number `first` on; an epoch's order follows from its number."""
+    """Yield batches epoch after epoch, beginning with batch `first`. The order of an epoch depends on its number."""
     first_epoch, skipped = divmod(first, len(loader))
     for epoch in itertools.count(first_epoch):
         rows.set_epoch(epoch)
         loader.set_epoch(epoch)
-        # of the sampler and of the loader, which else would draw from torch's own generator, the one of the dropout
+        # the generator of the sampler and the loader, which would otherwise draw from the generator of the dropout
         generator.manual_seed(seed + epoch)
         yield from skip_first_batches(loader, skipped if epoch == first_epoch else 0)
 
 
 def check_loop_possible(args: PretrainArguments) -> None:
-    """Refuse flags that this loop does not follow."""
+    """Refuse flags that this loop does not support."""
     for name in ("eval_strategy", "save_strategy"):
         if getattr(args, name) not in ("no", "steps"):
-            raise ValueError(f"{name}={getattr(args, name).value!r}: this loop counts steps; choose steps or no.")
+            raise ValueError(f"{name}={getattr(args, name).value!r}: this loop counts steps. Set steps or no.")
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise ValueError(
-            f"lr_scheduler_type={args.lr_scheduler_type.value!r} needs the Trainer's evaluations; choose another."
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} requires the Trainer. Choose another, or use "
+            "recipes/pretrain.py."
         )
     if args.optimizer == "trainer":
-        raise ValueError("optimizer='trainer': this loop has no Trainer; choose muon or adamw.")
+        raise ValueError("optimizer='trainer': this loop has no Trainer. Set muon or adamw.")
     for name in ("load_best_model_at_end", "auto_find_batch_size", "torch_compile", "neftune_noise_alpha"):
         if getattr(args, name):
-            raise ValueError(f"{name}={getattr(args, name)}: this loop does not do that. Leave it out.")
+            raise ValueError(f"{name}={getattr(args, name)}: this loop does not support it. Leave it out.")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data_args, args = parse((ModelArguments, DataArguments, PretrainArguments), argv, description=__doc__)
     use_all_cores(args.cpu_threads)
     if data_args.streaming:
-        raise ValueError("streaming=True: this loop reads stored rows; stream with recipes/pretrain.py.")
+        raise ValueError("streaming=True: this loop reads stored rows. Stream with recipes/pretrain.py.")
     check_loop_possible(args)
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
@@ -114,23 +117,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         num_steps = args.max_steps
     warmup_steps, scheduler_kwargs = args.get_warmup_steps(num_steps), args.scheduler_kwargs(num_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, scheduler_kwargs)
-    # the scheduler stays ours: accelerate would step a prepared one once for every process
+    # the scheduler is not prepared: accelerate would step it once for every process
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if len(loader) == 0:
         raise ValueError(
-            f"per_device_train_batch_size={args.per_device_train_batch_size} is more than the {len(rows)} rows give "
-            f"each of {accelerator.num_processes} processes: choose a smaller one."
+            f"per_device_train_batch_size={args.per_device_train_batch_size}: the {len(rows)} rows fill no batch on "
+            f"{accelerator.num_processes} processes. Set a smaller batch size."
         )
     if rows_per_step > len(rows) or num_steps == 0:
         raise ValueError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} makes a step of {rows_per_step} rows, "
-            f"and num_train_epochs={args.num_train_epochs} of {len(rows)} are less: choose a smaller step."
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} makes steps of {rows_per_step} rows, "
+            f"more than num_train_epochs={args.num_train_epochs} of {len(rows)} rows. Set a smaller step."
         )
-    # eval_steps and save_steps may be shares of the run
+    # eval_steps and save_steps may be fractions of the run
     intervals = TrainerState()
     intervals.compute_steps(args, num_steps)
     run = run_fingerprint(args, model, dataset_fingerprint(rows), args.optimizer)
 
+    print_header(
+        f"Pretraining in {args.output_dir}",
+        {
+            "model": describe_model(model, model_args.model or model_args.preset),
+            "data": f"{documents.name}: {', '.join(f'{k.lower()} {v}' for k, v in corpus.describe().items())}",
+            "device": args.describe_hardware(),
+            "plan": describe_plan(args, num_steps, rows_per_step * length),
+        },
+    )
     history: list[dict[str, float]] = []
     losses = LossGuard(args.output_dir)
     start = time.perf_counter()
@@ -140,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         history.append(
             {"step": step, "num_input_tokens_seen": tokens_seen, **{f"eval_{k}": v for k, v in results.items()}}
         )
-        accelerator.print(
-            f"step {step}/{num_steps}: loss {history[-2]['loss']:.3f}, held out {results['loss']:.3f} "
-            f"({results['bits_per_byte']:.3f} bits per byte), {time.perf_counter() - start:,.0f} s"
+        print_once(
+            f"step {step}/{num_steps}: train loss {history[-2]['loss']:.4g}, held-out loss {results['loss']:.4g}, "
+            f"bits/byte {results['bits_per_byte']:.4g}, {time.perf_counter() - start:,.0f} s"
         )
         return results
 
@@ -161,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         wrapped.train()
         while step < num_steps:
             step += 1
-            # The loss of a step is the mean over all its tokens, in whichever micro-batch and on whichever process
-            # they lie: so count them first, and let every micro-batch divide by the same number.
+            # The loss of a step is the mean over the tokens of all micro-batches on all processes. So count them
+            # first, and divide the loss of every micro-batch by the same number.
             micro_batches = list(itertools.islice(batches, args.gradient_accumulation_steps))
             num_tokens = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
             num_tokens = accelerator.reduce(num_tokens, "sum")
@@ -171,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 is_last = i == len(micro_batches) - 1
                 with nullcontext() if is_last else accelerator.no_sync(wrapped):
                     loss = wrapped(**batch, num_items_in_batch=num_tokens, skip_logits=True, use_cache=False).loss
-                    # DDP averages the gradients of the processes, and here they must add up
+                    # DDP averages the gradients over the processes, but they must be summed
                     accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()
             if args.max_grad_norm > 0:
@@ -199,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 break
     stop.exit_if_requested()
 
-    # first what cannot be had again
+    # The weights first: nothing that fails later may lose them.
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
@@ -210,8 +222,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("drawing loss.png"):
             plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         with optional("sampling a text"):
-            print(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
-        print(f"\n{args.output_dir} holds the model. Next:\n  python recipes/generate.py {args.output_dir}")
+            print_sample(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
+        print_summary(
+            format_metrics(results), args.output_dir, ["loss.png"], [f"python recipes/generate.py {args.output_dir}"]
+        )
     with optional("pushing to the Hub"):
         push_run(args)
     del wrapped

@@ -51,15 +51,14 @@ from hf_minigpt.instructions.trainer import (
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.recipes import pretrain
-from hf_minigpt.training.arguments import check_writable, use_all_cores
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.loading import check_base_exists, load_base_model
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
+from hf_minigpt.training.processes import check_writable, end_training, use_all_cores
 from hf_minigpt.training.safeguards import optional, written
-from hf_minigpt.training.trainer import end_training
 
 
 NUM_SAMPLES = 4

@@ -11,11 +11,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_minigpt.classification.arguments import (
-    ClassificationArguments,
-    ReviewArguments,
-    SeedArguments,
-)
+from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
 from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, conditions, number
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
 from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments

@@ -124,7 +124,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import hf_minigpt
-from hf_minigpt.training.trainer import end_training
+from hf_minigpt.training.processes import end_training
 
 folder, kind = sys.argv[1:3]
 size, accumulation, world = map(int, sys.argv[3:])

@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_minigpt.classification.arguments import (
-    ClassificationArguments,
-    ReviewArguments,
-    SeedArguments,
-)
+from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
 from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
 from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.tokenization import train_tokenizer

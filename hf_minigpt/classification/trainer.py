@@ -1,6 +1,5 @@
-"""transformers' Trainer with batches of like length under a budget of tokens, and an evaluation sorted by length."""
+"""The Trainer of classifiers: batches of texts of similar length within a token budget."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from ..training.callbacks import SetEpoch
 from ..training.optimizers import optimizer_cls_and_kwargs
+from ..training.trainer import RecipeTrainer
 from .adversarial import perturbed_embeddings
 from .arguments import ClassificationArguments
 from .batching import ReviewCollator, ReviewRows, TokenBudgetBatches, batches_by_length
@@ -27,9 +26,9 @@ def predict_logits(
     tokens_per_batch: int,
     accelerator: Accelerator | None = None,
 ) -> torch.Tensor:
-    """Logits (number of reviews, C) of all reviews, in their order, float32 on the CPU.
+    """Return the logits of all texts, (N, C), in their order, float32 on the CPU, on every process.
 
-    Rows are read sorted by length, shared out over the processes of `accelerator`.
+    Batches hold texts of similar length and are split over the processes of `accelerator`.
     """
     accelerator = accelerator or Accelerator()
     was_training = model.training
@@ -38,7 +37,7 @@ def predict_logits(
     results = []
     for first in range(0, len(batches), accelerator.num_processes):
         place = first + accelerator.process_index
-        # a sharded model needs all processes in every forward pass: where batches have run out, one counts for nothing
+        # a sharded model needs all processes in every forward pass: a process without batches left repeats the first
         indices = batches[place if place < len(batches) else 0]
         input_ids = collator([rows[i] for i in indices])["input_ids"].to(accelerator.device)
         with accelerator.autocast():
@@ -54,60 +53,54 @@ def predict_logits(
 
 
 def classification_optimizer(args: ClassificationArguments) -> tuple[type, dict[str, Any]] | None:
-    """The Trainer's `optimizer_cls_and_kwargs`, with `args.layer_decay`."""
+    """Return the Trainer's `optimizer_cls_and_kwargs`, with `args.layer_decay`."""
     factory = optimizer_cls_and_kwargs(args)
     return factory and (factory[0], factory[1] | {"layer_decay": args.layer_decay})
 
 
-class ClassificationTrainer(Trainer):
+class ClassificationTrainer(RecipeTrainer):
     """
     Trainer of a MiniGPTForSequenceClassification on `ReviewRows`.
 
-    - Batches are those of `TokenBudgetBatches`, `args.tokens_per_batch` tokens for each process.
-    - With `args.adversarial_epsilon` texts are learned with `perturbed_embeddings`.
+    - Batches are those of `TokenBudgetBatches`, `args.tokens_per_batch` tokens on each process.
+    - `args.adversarial_epsilon` trains with `perturbed_embeddings`.
     - `evaluate()` reports `classification_metrics` of the evaluation rows.
-    - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
-    - The training metrics have `train_examples_per_second`, evaluations not counted.
+    - The training metrics have `train_examples_per_second`, without evaluations.
     """
 
     args: ClassificationArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled and self.args.optimizer == "muon":
+        if self.is_sharded and self.args.adversarial_epsilon:
             raise ValueError(
-                "optimizer='muon' orthogonalises whole matrices, and DeepSpeed's ZeRO makes one long vector of them: "
-                "choose --optimizer adamw."
+                f"adversarial_epsilon={self.args.adversarial_epsilon} requires the whole model on each device, but "
+                "FSDP and DeepSpeed shard it. Set adversarial_epsilon=0, or launch without sharding."
             )
-        if self._sharded and self.args.adversarial_epsilon:
-            raise ValueError(
-                f"adversarial_epsilon={self.args.adversarial_epsilon} needs a whole model on each device, which FSDP "
-                "and DeepSpeed shard. Leave one of them out."
-            )
-        self._seconds_evaluating = 0.0
         self._num_examples = 0
 
+    def _train_batches(self) -> TokenBudgetBatches:
+        assert isinstance(self.train_dataset, ReviewRows)
+        return TokenBudgetBatches(self.train_dataset, self.args.tokens_per_batch, self.args.seed, self.args.world_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self._train_batches()) // self.args.world_size
+
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset
-        assert isinstance(rows, ReviewRows)
-        batches = TokenBudgetBatches(rows, self.args.tokens_per_batch, self.args.seed, self.args.world_size)
+        assert isinstance(self.train_dataset, ReviewRows)
         loader = DataLoader(
-            rows,
-            batch_sampler=batches,
+            self.train_dataset,
+            batch_sampler=self._train_batches(),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
     def train(self, *args, **kwargs):
-        self._seconds_evaluating = 0.0
         self._num_examples = 0
-        # train_safely brings its own
+        # train_safely adds its own
         if not any(isinstance(callback, SetEpoch) for callback in self.callback_handler.callbacks):
             self.add_callback(SetEpoch())
         output = super().train(*args, **kwargs)
@@ -115,46 +108,28 @@ class ClassificationTrainer(Trainer):
         (num_examples,) = torch.tensor(gather_object([self._num_examples])).sum(0, keepdim=True).tolist()
         output.metrics["train_examples"] = num_examples
         output.metrics["train_examples_per_second"] = round(num_examples / seconds, 1)
-        # these count all epochs, also those that early stopping spares
+        # these assume all epochs, even if early stopping ends the run
         for name in ("train_samples_per_second", "train_steps_per_second"):
             output.metrics.pop(name)
         return output
 
-    @property
-    def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def compute_loss(self, model, inputs, *args, **kwargs):
-        share = self.args.adversarial_epsilon
-        if share == 0 or not model.training:
+        epsilon = self.args.adversarial_epsilon
+        if epsilon == 0 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with perturbed_embeddings(self.accelerator.unwrap_model(model), inputs, share):
+        with perturbed_embeddings(self.accelerator.unwrap_model(model), inputs, epsilon):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs):
-        # the Trainer's own waits for the device in every micro-step; the processes' batches are of about one size
-        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        super()._track_num_input_tokens(inputs)
         self._num_examples += inputs["input_ids"].shape[0]
 
     def predict_logits(self, rows: ReviewRows) -> torch.Tensor:
-        """Logits (number of reviews, C), float32 on the CPU, on every process."""
-        # only a sharded model must be called through its wrapper
-        assert isinstance(self.data_collator, ReviewCollator) and self.model is not None
-        model = self.model_wrapped if self._sharded else self.model
-        return predict_logits(model, rows, self.data_collator, self.args.tokens_per_batch, self.accelerator)
+        """Return the logits of all texts, (N, C), float32 on the CPU, on every process."""
+        assert isinstance(self.data_collator, ReviewCollator)
+        tokens_per_batch = self.args.tokens_per_batch
+        return predict_logits(self.model_to_score, rows, self.data_collator, tokens_per_batch, self.accelerator)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics of `classification_metrics`, each name with the prefix, in the log and for the callbacks."""
-        start = time.perf_counter()
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert isinstance(rows, ReviewRows) and rows.labels is not None
-        results = classification_metrics(self.predict_logits(rows), rows.labels)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._seconds_evaluating += time.perf_counter() - start
-        return metrics
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""
+    def score(self, model, dataset, max_rows) -> dict[str, float]:
+        assert isinstance(dataset, ReviewRows) and dataset.labels is not None
+        return classification_metrics(self.predict_logits(dataset), dataset.labels)

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from ..data.collators import LanguageModelCollator
 from ..data.rows import RandomWindowRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..training.checkpoints.train_safely import train_safely
+from ..training.console import ConsoleCallback
 from ..training.optimizers import optimizer_cls_and_kwargs
 from ..training.trainer import LanguageModelTrainer
 from .arguments import PretrainArguments
@@ -57,7 +58,7 @@ class LadderTrainer(LanguageModelTrainer):
     def __init__(self, *args, train_windows: RandomWindowRows, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_windows = train_windows
-        self.remove_callback(PrinterCallback)
+        self.remove_callback(ConsoleCallback)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

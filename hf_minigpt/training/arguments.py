@@ -4,10 +4,8 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -507,25 +505,3 @@ class LanguageModelArguments(RecipeArguments):
                 "full logits, which these models do not build. Remove this flag."
             )
         super().__post_init__()
-
-
-def use_all_cores(cpu_threads: int | None = None) -> None:
-    """Give torch its share of the cores: `accelerate launch` and `torchrun` would leave it one.
-
-    Args:
-        cpu_threads: default: the cores this process may use, over the processes on this machine.
-    """
-    if cpu_threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cpu_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(cpu_threads)
-
-
-def check_writable(folder: str) -> None:
-    """Raise ValueError where a run's folder cannot be written, before the run."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={folder} cannot be written ({error.strerror}): choose another.") from error

@@ -1,35 +1,35 @@
-"""What the Trainer does not do by itself while it trains a language model."""
+"""Callbacks for the Trainer: the epoch of the rows, the position of a stream, samples during training."""
 
 from pathlib import Path
 from typing import Any
 
 from accelerate import DistributedType
 from accelerate.state import PartialState
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.streaming import StreamedRows
+from .console import print_line
 from .evaluation import sample_texts
-from .safeguards import optional, printable
+from .safeguards import optional
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the training rows which epoch it is.
+    """Sets the epoch of the training rows.
 
-    accelerate's data loader does so in the plain case only: not where the sampler is sharded over processes, and not
+    accelerate's data loader does this only in the simple case: not if the sampler is split over processes, and not
     after a resume in the middle of an epoch.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs):
-        # whole at an epoch's beginning, and a fraction after a resume within it
+        # an integer at the beginning of an epoch, a fraction after a resume within it
         train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class StreamPosition(TrainerCallback):
-    """Saves with each checkpoint where the stream of training rows goes on after it, and goes on there.
+    """Saves the position of the stream of training rows with each checkpoint, and restores it on resume.
 
     Args:
-        rows: that the Trainer trains on.
+        rows: the training rows.
         checkpoint: to resume from.
     """
 
@@ -42,7 +42,7 @@ class StreamPosition(TrainerCallback):
             self.rows.load_position(self.checkpoint)
 
     def on_save(self, args, state, control, **kwargs):
-        # of those that were read: the data loader is ahead of the training
+        # the rows that were trained on; the data loader has read further
         num_trained_on = state.global_step * args.gradient_accumulation_steps * self.rows.rows_per_batch
         self.rows.save_position(Path(args.output_dir, f"checkpoint-{state.global_step}"), num_trained_on)
 
@@ -51,13 +51,13 @@ class StreamPosition(TrainerCallback):
 
 
 class PrintSample(TrainerCallback):
-    """Prints what the model writes after each evaluation in training: watching it learn is half the fun.
+    """Prints a sample of the model, in one line, after each evaluation during training.
 
-    Where that fails there is a warning, and the training goes on.
+    A failure becomes a warning, and the training continues.
 
     Args:
-        prompt: what the text begins with.
-        max_new_tokens: its length, which the model's context bounds.
+        prompt: the beginning of the text.
+        max_new_tokens: length of the text, limited by the model's context.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str = "", max_new_tokens: int = 48):
@@ -83,4 +83,4 @@ class PrintSample(TrainerCallback):
             (text,) = sample_texts(
                 model, self.tokenizer, 1, prompt=self.prompt, max_new_tokens=max_new_tokens, seed=state.global_step
             )
-            tqdm.write(printable(f"step {state.global_step}: {text.strip()!r}"))
+            print_line(f"sample: {' '.join(text.split())}", max_width=100)

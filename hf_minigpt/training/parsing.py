@@ -5,12 +5,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..commands import find_config
 from ..flags import check_flags, did_you_mean
 from .safeguards import allow_any_output
 
@@ -91,7 +91,7 @@ def _suggestion(name: str, known: list[str], prefix: str = "") -> str:
 
 def _read_yaml(path: str, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {error}")
     if not isinstance(values, dict):

@@ -1,57 +1,72 @@
-"""transformers' Trainer, with an evaluation that is exact for language models and a log that counts tokens."""
+"""The recipes' Trainers: what all jobs share, and the one for language models."""
 
+import math
 import time
 from collections.abc import Sized
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from transformers import Trainer
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from ..data.rows import Rows
-from .arguments import LanguageModelArguments
+from .arguments import LanguageModelArguments, RecipeArguments
+from .console import ConsoleCallback, without_progress_bars
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
 from .settings import save_settings
 
 
-class LanguageModelTrainer(Trainer):
+class RecipeTrainer(Trainer):
     """
-    Trainer of a MiniGPTForCausalLM on rows of a token store.
+    What the Trainers of all recipes share.
 
-    - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or while training
-      `args.eval_max_rows`.
-    - The loss is computed without the logits: outputs have none.
-    - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
-      `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (their share of `peak_flops_per_second` of all
-      devices) and `accuracy`, the share of the labels that were the most likely token.
-    - Beside a saved model are the settings that a run on it inherits (`training_settings.json`).
-    - `warmup_stable_decay` goes down linearly to zero over `args.decay_fraction` of the steps.
+    - Subclasses evaluate with `score`. Evaluations do not count as training time.
+    - The progress is shown by `ConsoleCallback`.
+    - `warmup_stable_decay` decays linearly to zero over `args.decay_fraction` of the steps.
+    - The settings that a later run inherits are saved next to the model (`training_settings.json`).
     """
 
-    args: LanguageModelArguments
+    args: RecipeArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled and self.args.optimizer == "muon":
             raise ValueError(
-                "optimizer='muon' orthogonalises whole matrices, and DeepSpeed's ZeRO makes one long vector of them: "
-                "choose --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
+                "optimizer='muon' orthogonalises whole matrices, but DeepSpeed's ZeRO flattens them into one vector. "
+                "Set --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
             )
+        replaced = [self.pop_callback(callback) for callback in (PrinterCallback, ProgressCallback)]
+        # a notebook has a progress bar of its own
+        if any(replaced):
+            self.add_callback(ConsoleCallback())
         self._seconds_evaluating = 0.0
-        self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
-        self._hits_and_labels = torch.zeros(2, dtype=torch.int64)
-        self._flops_per_token: float | None = None
 
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        if isinstance(self.train_dataset, Sized) and len(loader) == 0:
-            raise ValueError(
-                f"dataloader_drop_last=True with per_device_train_batch_size={self.args.per_device_train_batch_size}: "
-                f"the {len(self.train_dataset)} rows fill no batch on {self.args.world_size} processes. Choose a "
-                "smaller one."
-            )
-        return loader
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed splits the model over the processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def model_to_score(self) -> nn.Module:
+        """The model to evaluate: the wrapper of a sharded one. DDP's wrapper would synchronise buffers for nothing."""
+        model = self.model_wrapped if self.is_sharded else self.model
+        assert model is not None
+        return model
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        steps_per_epoch = max(math.ceil(self.batches_per_epoch / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * steps_per_epoch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches of one process in an epoch."""
+        assert isinstance(self.train_dataset, Sized)
+        batches = len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size)
+        return math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
@@ -59,6 +74,71 @@ class LanguageModelTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._seconds_evaluating = 0.0
+        return super().train(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs):
+        # The Trainer's own method waits for the device in every micro-batch. All processes have batches of about the
+        # same size.
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Return the metrics of `score` with the prefix. They are logged and passed to the callbacks."""
+        start = time.perf_counter()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        max_rows = getattr(self.args, "eval_max_rows", None) if self.is_in_train else None
+        results = self.score(self.model_to_score, dataset, max_rows)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._seconds_evaluating += time.perf_counter() - start
+        return metrics
+
+    def score(self, model: Any, dataset: Any, max_rows: int | None) -> dict[str, float]:
+        """Return the metrics of a model on a dataset, of which at most `max_rows` rows are read."""
+        raise NotImplementedError
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        with without_progress_bars():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_settings(self.args, output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Do nothing: `push_to_hub` calls this and would overwrite the card that the recipe has written."""
+
+
+class LanguageModelTrainer(RecipeTrainer):
+    """
+    Trainer of a MiniGPTForCausalLM on rows of a token store.
+
+    - `evaluate()` reports `evaluate_language_model` of the evaluation rows: all of them, or during training
+      `args.eval_max_rows`.
+    - The loss is computed without the logits: outputs have none.
+    - The log has `num_input_tokens_seen` and, since the last entry, `tokens_per_second` (without evaluations),
+      `tflops_per_second` (model FLOPs, `flops_per_token`), `mfu` (model FLOPs utilization: their share of
+      `peak_flops_per_second` of all devices) and the `accuracy` of the next-token predictions.
+    """
+
+    args: LanguageModelArguments
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._logged_at: tuple[float, int | None] = (time.perf_counter(), 0)
+        self._correct_and_labels = torch.zeros(2, dtype=torch.int64)
+        self._flops_per_token: float | None = None
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and len(loader) == 0:
+            raise ValueError(
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size} with dataloader_drop_last=True: "
+                f"the {len(self.train_dataset)} rows fill no batch on {self.args.world_size} processes. Set a smaller "
+                "batch size."
+            )
+        return loader
+
+    def train(self, *args, **kwargs):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self._peak_flops = peak_flops_per_second(self.args.device, dtype) * self.args.world_size
         self._logged_at = (time.perf_counter(), None)
@@ -75,15 +155,14 @@ class LanguageModelTrainer(Trainer):
             model, inputs_and_options, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         num_labels = (inputs["shift_labels"] != -100).sum()
-        hits_and_labels = torch.stack([outputs.num_correct, num_labels])
-        self._hits_and_labels = self._hits_and_labels.to(hits_and_labels.device) + hits_and_labels
+        correct_and_labels = torch.stack([outputs.num_correct, num_labels])
+        self._correct_and_labels = self._correct_and_labels.to(correct_and_labels.device) + correct_and_labels
         return (loss, outputs) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs):
-        # the Trainer's own waits for the device in every micro-step; rows and batches are of one size everywhere
-        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        super()._track_num_input_tokens(inputs)
         if self._flops_per_token is None:
-            # with adapters or code from the Hub it is no class of ours
+            # an adapter, or a model with code from the Hub, is no MiniGPT class
             model: Any = self.model
             length = inputs["input_ids"].shape[-1]
             self._flops_per_token = flops_per_token(model.config, model.num_parameters(), length)
@@ -100,54 +179,13 @@ class LanguageModelTrainer(Trainer):
                 logs["tflops_per_second"] = round(flops / 1e12, 6)
                 logs["mfu"] = round(flops / self._peak_flops, 5)
             self._logged_at = (now, tokens)
-            hits, num_labels = self.accelerator.reduce(self._hits_and_labels, "sum").tolist()
-            logs["accuracy"] = hits / max(num_labels, 1)
-            self._hits_and_labels = torch.zeros_like(self._hits_and_labels)
-        # the base class would add a rate that counts evaluations, from start_time
+            num_correct, num_labels = self.accelerator.reduce(self._correct_and_labels, "sum").tolist()
+            logs["accuracy"] = num_correct / max(num_labels, 1)
+            self._correct_and_labels = torch.zeros_like(self._correct_and_labels)
+        # without start_time: the base class would add a rate that includes the evaluations
         super().log(logs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics of `evaluate_language_model`, each name with the prefix, in the log and for the callbacks."""
-        start = time.perf_counter()
-        # only a sharded model must be called through its wrapper; DDP's would synchronise buffers for nothing
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert self.model is not None
-        max_rows = self.args.eval_max_rows if self.is_in_train else None
-        results = self.score(self.model_wrapped if sharded else self.model, dataset, max_rows)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._seconds_evaluating += time.perf_counter() - start
-        return metrics
-
-    def score(self, model, dataset, max_rows: int | None) -> dict[str, float]:
-        """The metrics of an evaluation, of at most so many rows."""
-        assert isinstance(dataset, Rows)
+    def score(self, model: Any, dataset: Any, max_rows: int | None) -> dict[str, float]:
         return evaluate_language_model(
             model, dataset, self.data_collator, self.args.eval_batch_size, self.accelerator, max_rows=max_rows
         )
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_settings(self.args, output_dir or str(self.args.output_dir))
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: the recipe has written one, which `push_to_hub` would overwrite."""
-
-
-def end_training(accelerator: Accelerator, *trainers: Trainer) -> None:
-    """The last thing a recipe does: wait for the other processes, end the tracking, leave the process group.
-
-    DDP's wrappers, those of all trainers, go first. The last one to be freed later would be the group's last owner
-    and join gloo's thread while it holds the interpreter's lock, which that thread may be waiting for: the process
-    would never end.
-    """
-    accelerator.wait_for_everyone()
-    for trainer in trainers:
-        trainer.model_wrapped = trainer.model  # type: ignore[assignment]
-        trainer.accelerator.free_memory()
-    accelerator.free_memory()
-    accelerator.end_training()

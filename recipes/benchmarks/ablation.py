@@ -17,8 +17,8 @@ from time_to_loss import LEARNING_RATES, Race, add_arguments, held_out_loss
 from transformers import TrainerCallback, set_seed
 
 from hf_minigpt.pretraining.arguments import PretrainArguments
-from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 

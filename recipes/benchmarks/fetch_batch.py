@@ -26,7 +26,7 @@ from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.rows import AlignedDocumentRows
 from hf_minigpt.data.token_store import prepare_corpus
 from hf_minigpt.tokenization import num_ids, train_tokenizer
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 def main() -> None:

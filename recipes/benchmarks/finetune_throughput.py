@@ -39,7 +39,7 @@ from hf_minigpt.classification.batching import LENGTH_STEP, ReviewCollator, Revi
 from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 REVIEWS_PER_BATCH = 16

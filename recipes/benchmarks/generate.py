@@ -24,7 +24,7 @@ from hf_minigpt import MiniGPTForCausalLM, preset
 from hf_minigpt.data.tales.grammar import tales
 from hf_minigpt.deploy.conversion import from_gpt2
 from hf_minigpt.deploy.quantization import quantize_int8
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 NEW_TOKENS = 64

@@ -19,8 +19,8 @@ from peers import alternate
 
 from hf_minigpt import MiniGPTForCausalLM, preset
 from hf_minigpt.model.products_minigpt import batched_product
-from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.optimizers import hidden_matrices, muon_adamw
+from hf_minigpt.training.processes import use_all_cores
 
 
 TOKENS_PER_STEP = 16384

@@ -20,8 +20,8 @@ from peers import RandomRows, seconds_per_step
 
 from hf_minigpt import MiniGPTForCausalLM, preset
 from hf_minigpt.model.products_minigpt import linear
-from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.flops import flops_per_token, measure_flops_per_second
+from hf_minigpt.training.processes import use_all_cores
 
 
 LAYERS, WIDTH, VOCAB_SIZE, ROWS, CONTEXT = 4, 512, 8192, 8, 512

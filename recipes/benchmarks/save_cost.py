@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_minigpt
-from hf_minigpt.training.arguments import use_all_cores
 from hf_minigpt.training.checkpoints import sealing
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import muon_adamw
+from hf_minigpt.training.processes import use_all_cores
 
 
 class RandomRows(Dataset):

@@ -41,7 +41,7 @@ from hf_minigpt.instructions.data import (
     tokenize_conversations,
 )
 from hf_minigpt.tokenization import add_chat_template, padded_vocab_size, train_tokenizer
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 BATCH_SIZE = 16

@@ -28,8 +28,9 @@ from hf_minigpt.data.rows import DocumentRows, ShuffledDocumentRows
 from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.pretraining.data import open_documents, prepare_data
 from hf_minigpt.tokenization import num_ids
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 

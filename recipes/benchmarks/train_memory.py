@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from peers import RandomRows, gpt2_peer, our_gpt2, resident, seconds_per_step
 
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 SIDES = {"MiniGPT": our_gpt2, "GPT2LMHeadModel": gpt2_peer}

@@ -19,7 +19,7 @@ import torch
 from peers import RandomRows, alternate, gpt2_peer, our_gpt2, seconds_per_step
 from torch.profiler import profile
 
-from hf_minigpt.training.arguments import use_all_cores
+from hf_minigpt.training.processes import use_all_cores
 
 
 # layers, width, vocabulary, rows, context, steps a round

@@ -15,11 +15,7 @@ from hf_minigpt.classification.model import (
     frame_with_end_of_text,
     load_classifier,
 )
-from hf_minigpt.classification.trainer import (
-    ClassificationTrainer,
-    classification_optimizer,
-    predict_logits,
-)
+from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer, predict_logits
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.lora import LoraArguments, add_lora

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from hf_minigpt.data.tales import grammar as tales
-from hf_minigpt.training.sliding_windows import score_texts
+from hf_minigpt.training.evaluation import score_texts
 
 
 TEXTS = [text[:400] for text in tales.tales(8, seed=2028)]

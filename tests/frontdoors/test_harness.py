@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minigpt.data.tales import grammar as tales
-from hf_minigpt.training.sliding_windows import score_texts
+from hf_minigpt.training.evaluation import score_texts
 from tests.test_registration import WITHOUT_THE_PACKAGE
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.publishing import page
-from hf_minigpt.training.sliding_windows import score_texts
+from hf_minigpt.training.evaluation import score_texts
 from tests.test_readme import SNIPPETS
 from tests.test_registration import WITHOUT_THE_PACKAGE
 

@@ -37,8 +37,8 @@ from hf_minigpt.instructions.trainer import (
 from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.tokenization import load_tokenizer, train_tokenizer
 from hf_minigpt.training.lora import LoraArguments, add_lora
+from hf_minigpt.training.processes import end_training
 from hf_minigpt.training.settings import save_settings
-from hf_minigpt.training.trainer import end_training
 from tests.tiny import tiny_model
 
 

@@ -1,4 +1,4 @@
-"""Bits per byte against a recomputation, token by token, in float64."""
+"""Bits per byte match a recomputation in float64, token by token."""
 
 import json
 import math
@@ -15,8 +15,7 @@ from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents, prepare_corpus
 from hf_minigpt.deploy.conversion import from_gpt2
 from hf_minigpt.tokenization import train_tokenizer
-from hf_minigpt.training.evaluation import decode_documents
-from hf_minigpt.training.sliding_windows import cut_windows
+from hf_minigpt.training.evaluation import cut_windows, decode_documents
 from tests.tiny import shake, tiny_config
 
 
@@ -107,7 +106,7 @@ def test_windows_cover_all_lengths():
                 scored = []
                 for window, num in cut_windows(ids, context, stride):
                     assert len(window) <= context + 1
-                    # a token has something before it, and all that the context can hold but for the stride
+                    # each token has context, and at least context - stride tokens inside a document
                     first = len(window) - num
                     assert first >= 1 and (window[0] == 0 or first >= context - stride + 1)
                     scored += window[-num:]
@@ -126,7 +125,7 @@ def test_the_default_corpus_is_what_pretraining_holds_out(models, capsys, tmp_pa
     assert re.search(rf"entropy of the source +{entropy:.4f}\n", capsys.readouterr().out)
 
 
-def test_the_part_held_out_of_a_single_document(tmp_path):
+def test_a_single_document_is_split_as_in_pretraining(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(TEXTS))
     tokenizer = train_tokenizer(TEXTS, 320, model_max_length=CONTEXT, show_progress=False)
@@ -135,7 +134,7 @@ def test_the_part_held_out_of_a_single_document(tmp_path):
     assert texts == decode_documents(corpus.validation, tokenizer)
 
 
-def test_a_tokenizer_that_changes_texts_is_told(models, tmp_path, capsys):
+def test_a_tokenizer_that_changes_texts_is_reported(models, tmp_path, capsys):
     from tokenizers import normalizers
 
     tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
@@ -156,17 +155,17 @@ def test_a_tokenizer_that_changes_texts_is_told(models, tmp_path, capsys):
     assert "changes 4 of 4 texts" in capsys.readouterr().err
 
 
-def test_impossible_windows_are_refused(models):
+def test_invalid_windows_are_refused(models):
     flags = ["--dataset", str(models / "texts.jsonl"), "--part", "all", "--cpu_threads", "1"]
     for wrong, message in (
         (["--context_length", "17"], "has a context of 16"),
-        (["--stride", "17"], "must lie between 1 and the context, 16"),
+        (["--stride", "17"], "stride=17 must be between 1 and the context, 16"),
     ):
         with pytest.raises(ValueError, match=message):
             perplexity.main([str(models / "modern"), *flags, *wrong])
 
 
-def test_all_models_are_tried_before_the_first_is_scored(models, tmp_path, monkeypatch):
+def test_all_models_are_loaded_before_the_first_is_scored(models, tmp_path, monkeypatch):
     monkeypatch.setattr(perplexity, "score_texts", lambda *args, **kwargs: pytest.fail("a model was scored"))
     flags = ["--dataset", str(models / "texts.jsonl"), "--part", "all", "--cpu_threads", "1"]
     good, damaged = str(models / "gpt2"), tmp_path / "damaged"
@@ -179,7 +178,7 @@ def test_all_models_are_tried_before_the_first_is_scored(models, tmp_path, monke
         perplexity.main([good, str(models / "modern"), *flags, "--context_length", "17"])
 
 
-def test_each_result_is_kept_as_it_comes(models, tmp_path, monkeypatch, capsys):
+def test_each_result_is_written_at_once(models, tmp_path, monkeypatch, capsys):
     names = [str(models / "gpt2"), str(models / "modern")]
     output = tmp_path / "figures.json"
     scored = perplexity.score_texts

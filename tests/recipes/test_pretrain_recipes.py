@@ -1,4 +1,4 @@
-"""The pretraining recipes from flag to files, on a corpus that the test writes."""
+"""Both pretraining recipes, from the flags to the files that they write."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def run(command: list[str], **environment: str) -> str:
     return result.stdout
 
 
-def test_pretrain_leaves_a_model_that_anyone_can_load(pretrained):
+def test_pretrain_writes_a_model_that_stock_classes_load(pretrained):
     results = json.loads((pretrained / "all_results.json").read_text())
     assert {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "train_tokens_per_second"} <= set(
         results
@@ -73,7 +73,7 @@ def test_pretrain_leaves_a_model_that_anyone_can_load(pretrained):
         assert (pretrained / name).is_file(), name
     card = (pretrained / "README.md").read_text()
     assert f"{results['eval_bits_per_byte']:.4f}" in card
-    # no folder of this machine but in the command, as it was typed
+    # the card shows no path of this machine, except in the command
     assert "Dataset: books" in card
     model = AutoModelForCausalLM.from_pretrained(pretrained)
     assert model.config.use_cache and model.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_pretrain_leaves_a_model_that_anyone_can_load(pretrained):
     assert text.startswith("In the town")
 
 
-def test_a_checkpoint_is_trained_on_with_its_tokenizer_on_a_single_file(pretrained, corpus, folder):
+def test_training_continues_from_a_model_with_its_tokenizer_on_a_single_file(pretrained, corpus, folder):
     output = folder / "continued"
     small = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--disable_tqdm", "true", "--cpu_threads", "1"]
     first = json.loads((pretrained / "all_results.json").read_text())
@@ -94,13 +94,13 @@ def test_a_checkpoint_is_trained_on_with_its_tokenizer_on_a_single_file(pretrain
 
 
 @pytest.mark.parametrize("recipe", [pretrain, pretrain_loop])
-def test_a_stopped_run_is_resumed_to_the_same_end(recipe, corpus, folder, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_weights(recipe, corpus, folder, monkeypatch):
     arguments = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--cache_dir", str(folder / "cache")]
     arguments += ["--dataset", str(corpus), "--resume_from_checkpoint", "auto"]
     outputs = [folder / f"{recipe.__name__}_{kind}" for kind in ("untouched", "stopped")]
     expected = recipe.main([*arguments, "--output_dir", str(outputs[0])])
     with monkeypatch.context() as patch:
-        # as if a signal came in each run's third step, which at the end of a run is none too many
+        # a signal in the third step of each run, also in the last step
         count = itertools.count(1)
         patch.setattr(
             StopSignals, "requested", lambda self: setattr(self, "agreed", next(count) % 3 == 0) or self.agreed
@@ -121,8 +121,8 @@ def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, fo
     output = folder / f"{recipe.__name__}_taken"
     arguments = [*SMALL, *flags(folder, output, corpus), "--max_steps", "2"]
     recipe.main(arguments)
-    # more steps are another run
-    with pytest.raises(ValueError, match=r"max_steps: 2 there, 3 now.*--allow_changed_run"):
+    # more steps are a changed run
+    with pytest.raises(ValueError, match=r"max_steps: 2 in the checkpoint, 3 now.*--allow_changed_run"):
         recipe.main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "auto"])
     more = ["--max_steps", "3", "--resume_from_checkpoint", "auto", "--allow_changed_run"]
     recipe.main([*arguments, *more])
@@ -132,8 +132,8 @@ def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, fo
         recipe.main(arguments)
 
 
-def test_without_arguments_it_is_the_tales(folder, monkeypatch):
-    """Everything but the size of the job is the default's."""
+def test_without_arguments_pretraining_uses_the_tales(folder, monkeypatch):
+    """All flags but the size of the job are the defaults."""
     monkeypatch.chdir(folder)
     small = ["--max_examples", "80", "--max_steps", "2", "--context_length", "64", "--cpu_threads", "1"]
     metrics = pretrain.main([*small, "--cache_dir", str(folder / "cache"), "--disable_tqdm", "true"])
@@ -144,7 +144,7 @@ def test_without_arguments_it_is_the_tales(folder, monkeypatch):
 
 
 def test_the_loop_trains_like_the_trainer(corpus, folder):
-    """Not the same order of rows, so not the same model: but about the same loss from the same start."""
+    """The order of the rows differs, so the model does, but the loss is about the same."""
     arguments = [*SMALL, "--max_steps", "30", "--optimizer", "adamw", "--learning_rate", "0.01"]
     by_trainer = pretrain.main([*arguments, *flags(folder, folder / "trainer", corpus)])
     accumulated = ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"]
@@ -155,27 +155,26 @@ def test_the_loop_trains_like_the_trainer(corpus, folder):
 
 
 def test_two_processes_are_one_run(corpus, folder):
-    """A world of two with half the batch each is the same run as one process."""
-    arguments = [*SMALL, "--max_steps", "4"]
+    """Two processes with half the batch each train like one process."""
+    arguments = [*SMALL, "--max_steps", "4", "--dataset", str(corpus), "--cache_dir", str(folder / "cache")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    output = folder / "two"
-    printed = run([*command, "recipes/pretrain.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
-    assert "2 processes" in printed
-    alone = pretrain.main([*arguments, "--per_device_train_batch_size", "8", *flags(folder, folder / "one", corpus)])
-    together = json.loads((output / "all_results.json").read_text())
+    command += ["-m", "tests.programs.pretraining_recipes", str(folder), *arguments]
+    printed = run(command, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "recipes")]))
+    assert printed.count("2 processes") == 2
+
+    larger = [*arguments, "--per_device_train_batch_size", "8"]
+    alone = pretrain.main([*larger, "--output_dir", str(folder / "one")])
+    together = json.loads((folder / "two/all_results.json").read_text())
     assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
     assert together["train_tokens"] == alone["train_tokens"]
-
-    output = folder / "two_by_loop"
-    run([*command, "recipes/pretrain_loop.py", *arguments, *flags(folder, output, corpus)], PYTHONPATH=str(ROOT))
-    together = json.loads((output / "all_results.json").read_text())
-    larger = ["--per_device_train_batch_size", "8"]
-    alone = pretrain_loop.main([*arguments, *larger, *flags(folder, folder / "one_by_loop", corpus)])
-    assert together["tokens"] == alone["tokens"]
+    alone = pretrain_loop.main([*larger, "--output_dir", str(folder / "one_by_loop")])
+    together = json.loads((folder / "two_by_loop/all_results.json").read_text())
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert together["tokens"] == alone["tokens"]
 
 
-def test_accelerate_launch(corpus, folder):
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_recipe(corpus, folder):
     output = folder / "launched"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]
     arguments = [*SMALL, *flags(folder, output, corpus), "--max_steps", "2", "--optimizer", "adamw"]
@@ -212,7 +211,7 @@ def test_mistakes_are_found_before_training(arguments, message, corpus, folder):
     assert not (folder / "wrong/config.json").exists()
 
 
-def test_generate_streams_what_the_model_says(pretrained, capsys):
+def test_generate_streams_the_text(pretrained, capsys):
     arguments = [str(pretrained), "--prompt", "In the town", "--max_new_tokens", "12", "--seed", "3"]
     text = generate.main([*arguments, "--top_k", "5", "--top_p", "0.9"])
     assert text.startswith("In the town")
@@ -233,7 +232,7 @@ def test_generate_slides_over_a_learned_table(corpus, folder, capsys):
 
 
 def test_a_character_cut_by_a_window_is_printed_whole(pretrained, monkeypatch, capsys):
-    """Windows of two tokens end amid the bytes of every character; the text ends amid one."""
+    """Windows of two tokens end within the bytes of every character, and the text ends within one."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     written = tokenizer("天地玄黃 👍 ", add_special_tokens=False)["input_ids"]
     written += tokenizer("宇", add_special_tokens=False)["input_ids"][:2]
@@ -273,7 +272,7 @@ def test_windows_never_pass_the_context():
         *(["--top_p", "0"], ["--top_p", "1.5"], ["--top_p", "inf"], ["--seed", "-1"]),
     ],
 )
-def test_nonsense_is_refused_before_the_model_is_read(program, flag, capsys):
+def test_invalid_flags_are_refused_before_the_model_is_loaded(program, flag, capsys):
     with pytest.raises(SystemExit):
         program.main(["no/model", *flag])
     error = capsys.readouterr().err
@@ -290,7 +289,7 @@ def test_nonsense_is_refused_before_the_model_is_read(program, flag, capsys):
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type='reduce_lr_on_plateau'"),
     ],
 )
-def test_the_loop_refuses_what_it_does_not_follow(flags, message, monkeypatch):
+def test_the_loop_refuses_flags_that_it_does_not_support(flags, message, monkeypatch):
     monkeypatch.setattr(pretrain_loop, "open_documents", lambda args: pytest.fail("the corpus was opened"))
     with pytest.raises(ValueError, match=message):
         pretrain_loop.main([*SMALL, *flags])
@@ -302,7 +301,7 @@ def test_the_loop_refuses_what_it_does_not_follow(flags, message, monkeypatch):
         (
             pretrain_loop,
             ["--gradient_accumulation_steps", "100000"],
-            "gradient_accumulation_steps=100000 makes a step",
+            "gradient_accumulation_steps=100000 makes steps",
         ),
         (
             pretrain,
@@ -311,7 +310,7 @@ def test_the_loop_refuses_what_it_does_not_follow(flags, message, monkeypatch):
         ),
     ],
 )
-def test_a_step_must_find_its_rows(recipe, flags, message, corpus, folder, tmp_path):
+def test_a_step_larger_than_the_corpus_is_refused(recipe, flags, message, corpus, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         recipe.main(
             [

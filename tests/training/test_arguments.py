@@ -7,8 +7,9 @@ import torch
 import yaml
 
 from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
-from hf_minigpt.training.arguments import DataArguments, ModelArguments, check_writable, use_all_cores
+from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.parsing import parse
+from hf_minigpt.training.processes import check_writable, use_all_cores
 
 
 ALL = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)

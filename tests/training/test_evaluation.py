@@ -1,4 +1,4 @@
-"""The metrics against a plain computation in float64, and the Trainer that reports them."""
+"""The metrics equal a plain computation in float64, and the Trainer reports them."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_evaluation_equals_a_plain_computation(corpus, model):
     assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
 
 
-def test_evaluation_of_some_rows(corpus, model):
+def test_evaluation_of_some_rows_uses_the_bytes_per_token_of_all(corpus, model):
     tokenizer, prepared = corpus
     rows = DocumentRows(prepared.validation, CONTEXT)
     collator = LanguageModelCollator(tokenizer.pad_token_id)
@@ -88,7 +88,7 @@ def test_documents_decode_to_themselves(corpus):
     assert all(text in texts for text in decode_documents(prepared.validation, tokenizer))
 
 
-def test_sampling_is_seeded_and_leaves_the_random_state_alone(corpus, model):
+def test_sampling_is_seeded_and_keeps_the_random_state(corpus, model):
     tokenizer, _ = corpus
     before = torch.get_rng_state()
     first = sample_texts(model, tokenizer, 3, max_new_tokens=20, seed=1)
@@ -100,7 +100,7 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(corpus, model):
     assert prompted[0].startswith("Mira went")
 
 
-def test_tales_know_their_entropy_and_their_truth():
+def test_tale_metrics_compare_with_entropy_and_grammar():
     held_out = list(tales.tales(20, seed=3))
     num_bytes = sum(len(text.encode()) for text in held_out)
     entropy = -sum(tales.log2_probability(text) for text in held_out) / num_bytes
@@ -163,7 +163,7 @@ def test_trainer_logs_tokens_and_held_out_metrics(corpus, model, tmp_path):
     assert [entry["step"] for entry in evaluations] == [4, 8]
     assert evaluations[-1]["eval_loss"] < losses[0]["loss"]
     assert output.metrics["train_tokens"] == 2 * 4 * CONTEXT * 8
-    # the last one, outside of training, is over everything
+    # the evaluation after training reads all rows
     assert (
         trainer.evaluate()["eval_tokens"] == trainer.eval_dataset.store.num_tokens - 1 > evaluations[0]["eval_tokens"]
     )
@@ -202,7 +202,7 @@ def test_learning_rates_go_down_linearly_over_the_decay(corpus, model, tmp_path)
     assert rates == pytest.approx([0.01] * 6 + [0.008, 0.006, 0.004, 0.002])
 
 
-def test_resuming_inside_an_epoch_goes_on_as_if_nothing_happened(corpus, model, tmp_path):
+def test_resuming_inside_an_epoch_ends_with_the_same_weights(corpus, model, tmp_path):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows_per_epoch = len(ShuffledDocumentRows(corpus[1].train, CONTEXT))
     # a checkpoint in the middle of the second epoch: the rows must then be those of epoch 1, not 0
@@ -221,7 +221,7 @@ def test_resuming_inside_an_epoch_goes_on_as_if_nothing_happened(corpus, model, 
         torch.testing.assert_close(tensor, expected[name], msg=name, atol=1e-6, rtol=1e-5)
 
 
-def test_an_optimizer_of_the_trainers_own(corpus, model, tmp_path):
+def test_the_optimizers_of_transformers_can_be_used(corpus, model, tmp_path):
     trainer = make_trainer(corpus, model, tmp_path, optimizer="trainer", optim="sgd", max_steps=2, eval_strategy="no")
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)

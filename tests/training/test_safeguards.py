@@ -60,7 +60,7 @@ def sampled(monkeypatch, tmp_path, sample_texts):
 def test_a_sample_is_printed_in_any_encoding(monkeypatch, tmp_path):
     written = ascii_output(monkeypatch)
     sampled(monkeypatch, tmp_path, lambda *args, **kwargs: ["caf\xe9 \ufffd"])
-    assert written.getvalue() == b"step 3: 'caf\\xe9 \\ufffd'\n"
+    assert written.getvalue() == b"sample: caf\\xe9 \\ufffd\n"
 
 
 def test_a_failed_sample_does_not_end_the_training(monkeypatch, tmp_path, caplog):

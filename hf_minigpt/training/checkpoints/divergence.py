@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradient is not a number or explodes, and says where it began."""
+"""Stops a run whose loss or gradient explodes or is NaN, and reports the step and its rows."""
 
 import math
 from itertools import islice
@@ -14,11 +14,11 @@ from .sealing import CheckpointSealer, newest_sealed
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not a number, or is far too large.
+    """The loss or the gradient is NaN, or far too large.
 
     Attributes:
         step: the optimizer step, counted from 1.
-        rows: indices into the training set of this process's rows in that step; None where the order is not known.
+        rows: indices into the training set of this process's rows in that step, or None if the order is unknown.
         checkpoint: the last sealed checkpoint, or None.
     """
 
@@ -26,21 +26,21 @@ class TrainingDiverged(RuntimeError):
         self.step = step
         self.rows = rows
         self.checkpoint = newest_sealed(output_dir)
-        where = f"in its rows {rows}" if rows else "(its rows are not known)"
+        where = f"in rows {rows}" if rows else "(rows unknown)"
         super().__init__(
-            f"{what} at step {step} {where}. Last good checkpoint: {self.checkpoint}. Look at these rows, lower the "
-            "learning rate or clip gradients harder (max_grad_norm)."
+            f"{what} at step {step} {where}. Last valid checkpoint: {self.checkpoint}. Inspect these rows, lower the "
+            "learning rate or lower max_grad_norm."
         )
 
 
 class LossGuard:
-    """Finds the first step whose loss is not a number or far above where the run began.
+    """Finds the first step whose loss is NaN or far above the first loss.
 
-    Recording a loss does not wait for its device, looking does.
+    `record` does not wait for the device, `first_bad` does.
 
     Args:
-        output_dir: where the last good checkpoint is looked for.
-        max_loss: default: three times the first loss, and at least 10 (a uniform guess among 22,000 words).
+        output_dir: folder of the run's checkpoints, for the message.
+        max_loss: default: three times the first loss, and at least 10 (a uniform guess among 22,000 tokens).
     """
 
     def __init__(self, output_dir: str | Path, max_loss: float | None = None):
@@ -49,11 +49,11 @@ class LossGuard:
         self._losses: list[tuple[int, torch.Tensor]] = []
 
     def record(self, step: int, loss: torch.Tensor) -> None:
-        """Remember the mean loss of a step, 0-dim."""
+        """Add the mean loss of a step, a 0-dim tensor."""
         self._losses.append((step, loss.detach().clone()))
 
     def first_bad(self) -> tuple[int, float] | None:
-        """Step and loss of the first bad step since the last look."""
+        """Return step and loss of the first bad step since the last call, or None."""
         if not self._losses:
             return None
         steps, tensors = zip(*self._losses, strict=True)
@@ -67,16 +67,17 @@ class LossGuard:
         return None
 
     def check(self) -> None:
-        """Raise TrainingDiverged where `first_bad` finds something."""
+        """Raise TrainingDiverged if there is a bad step."""
         bad = self.first_bad()
         if bad is not None:
             raise TrainingDiverged(bad[0], f"The loss is {bad[1]:.6g}", self.output_dir)
 
 
 def rows_of_step(dataloader: Any, step: int, gradient_accumulation_steps: int) -> list[int] | None:
-    """Indices into the training set of this process's rows in an optimizer step of the Trainer, counted from 1.
+    """Return the training set indices of this process's rows in an optimizer step of the Trainer, counted from 1.
 
-    None where the order cannot be had again.
+    Returns:
+        None if the order cannot be reproduced.
     """
     batch_sampler = dataloader.batch_sampler
     if batch_sampler is None:
@@ -97,13 +98,13 @@ class StopOnDivergence(TrainerCallback):
     """Raises TrainingDiverged before a diverged model is logged, evaluated or saved.
 
     Args:
-        trainer: whose loss is watched.
+        trainer: the Trainer.
         sealer: of its checkpoints.
         max_loss: as in `LossGuard`.
-        max_grad_norm: a larger norm of the gradient, before clipping, is an explosion.
+        max_grad_norm: limit of the gradient norm before clipping.
     """
 
-    LOOK_EVERY = 100
+    CHECK_EVERY = 100
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class StopOnDivergence(TrainerCallback):
         self.max_grad_norm = max_grad_norm
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # the filter would hide a NaN from the log
+        # the filter would replace a NaN in the log
         args.logging_nan_inf_filter = False
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if logged and self.losses.max_loss is None:
@@ -130,20 +131,20 @@ class StopOnDivergence(TrainerCallback):
     def on_step_end(self, args, state, control, train_dataloader: Any = None, **kwargs):
         self.losses.record(state.global_step, self.trainer._tr_loss - self._sum_before)
         due = control.should_log or control.should_evaluate or control.should_save
-        if due or state.global_step % self.LOOK_EVERY == 0:
-            self._look(args, train_dataloader)
+        if due or state.global_step % self.CHECK_EVERY == 0:
+            self._check(args, train_dataloader)
 
     def on_epoch_end(self, args, state, control, train_dataloader: Any = None, **kwargs):
-        self._look(args, train_dataloader)
+        self._check(args, train_dataloader)
 
     def on_log(self, args, state, control, logs: Any = None, train_dataloader: Any = None, **kwargs):
         norm = logs.get("grad_norm", 0.0)
-        # a loss scaler finds its scale by overflowing, and skips such steps
+        # a loss scaler overflows to find its scale, and skips such steps
         skipped = args.fp16 and not math.isfinite(norm)
         if not norm <= self.max_grad_norm and not skipped:
             self._stop(args, state.global_step, f"The norm of the gradient is {norm:.6g}", train_dataloader)
 
-    def _look(self, args: TrainingArguments, train_dataloader: Any) -> None:
+    def _check(self, args: TrainingArguments, train_dataloader: Any) -> None:
         bad = self.losses.first_bad()
         if bad is not None:
             self._stop(args, bad[0], f"The loss is {bad[1]:.6g}", train_dataloader)

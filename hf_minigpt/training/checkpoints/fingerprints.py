@@ -1,4 +1,4 @@
-"""What determines a run, so that a checkpoint is not resumed by another one unnoticed."""
+"""Compares the settings and data of a run with those of the checkpoint that it resumes from."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,8 @@ from transformers.trainer_utils import has_length
 
 from ...data.rows import Rows
 from ...data.streaming import StreamedRows
-from .sealing import read_manifest, say
+from ..processes import print_once
+from .sealing import read_manifest
 
 
 RUN_FIELDS = (
@@ -24,18 +25,21 @@ RUN_FIELDS = (
     *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip"),
     *("bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
 )
-# fields of subclasses of TrainingArguments that change no weight
+# fields of subclasses of TrainingArguments that do not affect the weights
 HARMLESS_FIELDS = {"allow_changed_run", "cpu_threads", "precision", "dataset_num_proc", "eval_max_rows"}
 HARMLESS_CONFIG = {"_name_or_path", "architectures", "transformers_version", "use_cache"}
-# those that the first labels set, or that change only how the loss is computed
+# set by the first labels, or affecting only how the loss is computed
 HARMLESS_CONFIG |= {"problem_type", "skip_logits"}
 SAMPLED_ITEMS = 64
+# Fields in manifests of earlier versions -> their present names
+RENAMED_FIELDS = {"arguments.adversarial_share": "arguments.adversarial_epsilon"}
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:
-    """A digest of a training set: of our rows what they are made from, of others the length and some of the items.
+    """Return a digest of a training set.
 
-    None for a dataset that only iterates: its fingerprint must come from elsewhere.
+    It covers the settings and the token store of `Rows`, and of other datasets the length and a sample of the items.
+    For an iterable dataset it is None: its fingerprint must come from elsewhere.
     """
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
         return None
@@ -44,7 +48,7 @@ def dataset_fingerprint(dataset: Any) -> str | None:
     items: Any = dataset
     content: list[Any] = [len(items)]
     if isinstance(dataset, Rows):
-        # which rows they are in the current epoch says nothing about the run
+        # the current epoch changes during a run
         settings = {k: v for k, v in vars(dataset).items() if isinstance(v, int) and k != "epoch"}
         content += [type(dataset).__name__, settings, dataset.store.manifest]
     else:
@@ -54,16 +58,16 @@ def dataset_fingerprint(dataset: Any) -> str | None:
 
 
 def run_fingerprint(args: Any, model: Any, dataset: str | None, optimizer: str) -> dict[str, Any]:
-    """What a run follows from: batches, data, seed, configuration, optimizer, schedule.
+    """Return everything that determines the weights: batches, data, seed, configuration, optimizer, schedule.
 
     Args:
-        args: TrainingArguments; of a subclass its own fields too.
+        args: TrainingArguments. The fields that a subclass adds are included.
         model: a PreTrainedModel.
         dataset: fingerprint of the training set.
-        optimizer: its name.
+        optimizer: class name of the optimizer.
 
     Returns:
-        Values that JSON holds, by field.
+        JSON values by field.
     """
     own = {field.name for field in dataclasses.fields(args)}
     own -= {field.name for field in dataclasses.fields(TrainingArguments)} | HARMLESS_FIELDS
@@ -78,14 +82,14 @@ def run_fingerprint(args: Any, model: Any, dataset: str | None, optimizer: str) 
 
 
 def optimizer_name(trainer: Trainer) -> str:
-    """The class of a Trainer's optimizer, which may not have been made yet."""
+    """Return the class name of a Trainer's optimizer, which may not exist yet."""
     optimizer: Any = trainer.optimizer
     model: Any = trainer.model
     if trainer.optimizer_cls_and_kwargs:
         return trainer.optimizer_cls_and_kwargs[0].__name__
     if optimizer is None:
         return trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[0].__name__
-    # a trainer that has trained before has it wrapped
+    # wrapped after a first training
     return type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer).__name__
 
 
@@ -100,19 +104,20 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: str | Path, run: Mapping[str, Any], allow_changed_run: bool = False) -> None:
-    """Compare what determines a run with what its checkpoint was sealed with.
+    """Compare the fingerprint of a run with the one in its checkpoint.
 
     Args:
-        run: the same mapping that `seal_checkpoint` got.
-        allow_changed_run: say what differs and go on.
+        run: as passed to `seal_checkpoint`.
+        allow_changed_run: print the differences and resume.
 
     Raises:
-        ValueError: something differs; all fields are named.
+        ValueError: they differ. The message names all fields.
     """
     then, now = _flat(read_manifest(checkpoint)["run"] or {}), _flat(_as_json(run))
+    then = {RENAMED_FIELDS.get(name, name): value for name, value in then.items()}
     absent = "(absent)"
     changes = [
-        f"{name}: {then.get(name, absent)} there, {now.get(name, absent)} now"
+        f"{name}: {then.get(name, absent)} in the checkpoint, {now.get(name, absent)} now"
         for name in sorted({*then, *now} - {""})
         if then.get(name, absent) != now.get(name, absent)
     ]
@@ -121,7 +126,7 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any], allow_changed
     text = "; ".join(changes)
     if not allow_changed_run:
         raise ValueError(
-            f"{checkpoint} is of another run: {text}. Set these as they were, choose another output_dir, or go on "
-            "with the change by --allow_changed_run."
+            f"{checkpoint} belongs to a different run: {text}. Restore these settings, choose another output_dir, or "
+            "resume with the change by --allow_changed_run."
         )
-    say(f"Resuming a changed run from {checkpoint}: {text}")
+    print_once(f"Resuming a changed run from {checkpoint}: {text}")

@@ -1,7 +1,8 @@
-"""What makes a folder a checkpoint, and which checkpoints a run's folder holds.
+"""Seals, verifies, finds and rotates the checkpoints of a run, and locks its folder.
 
-A checkpoint counts only once it is sealed: its files are on the disk, and a manifest with their sizes and checksums
-was written after them, atomically. Only then is an older one deleted.
+To seal a checkpoint is to flush its files to the disk and then to write a manifest with their sizes and checksums,
+atomically. A checkpoint without a valid manifest is never resumed from, and an older checkpoint is deleted only after
+the newer one is sealed.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ..processes import rank, world_size
+
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
-# The Trainer leaves names that begin with an underscore out of what it pushes to the Hub.
+# The Trainer does not push names that begin with an underscore to the Hub.
 LOCK = "_run.lock"
 ASIDE = "_aside-"
 DELETED = "_deleted-"
@@ -35,23 +38,10 @@ BLOCK_SIZE = 1 << 20
 
 
 class BrokenCheckpoint(ValueError):
-    """A checkpoint that is not what was sealed; the message names the file."""
+    """A checkpoint that does not match its manifest. The message names the file."""
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def say(message: str) -> None:
-    if rank() == 0:
-        print(message, flush=True)
-
-
-def _digest_of(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK_SIZE):
@@ -59,7 +49,7 @@ def _digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _dumps(content: Mapping[str, Any]) -> str:
+def _to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
@@ -72,38 +62,38 @@ def _fsync(path: Path) -> None:
 
 
 def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
-    """Bring all files of a folder to the disk, then write its manifest, atomically.
+    """Flush all files of a folder to the disk, then write its manifest, atomically.
 
     Args:
-        folder: to which all processes have finished writing.
-        run: what determines the run, for `check_same_run`; JSON.
+        folder: a checkpoint that all processes have finished writing.
+        run: fingerprint of the run for `check_same_run`, as JSON values.
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {}
     for path in paths:
         _fsync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": _digest_of(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "blake2b": _file_digest(path)}
     for parent in sorted({path.parent for path in paths}):
         _fsync(parent)
     content = {"format_version": FORMAT_VERSION, "files": files, "run": run}
-    checksum = hashlib.blake2b(_dumps(content).encode(), digest_size=16).hexdigest()
+    checksum = hashlib.blake2b(_to_json(content).encode(), digest_size=16).hexdigest()
 
-    work = folder / f".{MANIFEST}"
-    with work.open("w", encoding="utf-8") as file:
-        file.write(_dumps({**content, "checksum": checksum}))
+    temporary = folder / f".{MANIFEST}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(_to_json({**content, "checksum": checksum}))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(work, folder / MANIFEST)
+    os.replace(temporary, folder / MANIFEST)
     _fsync(folder)
     _fsync(folder.parent)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a sealed checkpoint.
+    """Return the manifest of a sealed checkpoint.
 
     Raises:
-        BrokenCheckpoint: there is none, or not a single byte of it may have changed and one has.
+        BrokenCheckpoint: it is missing, unreadable, or its own checksum does not match.
     """
     path = Path(folder, MANIFEST)
     try:
@@ -111,20 +101,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(text)
         checksum = manifest.pop("checksum")
     except FileNotFoundError as error:
-        raise BrokenCheckpoint(f"{path} is missing: the checkpoint was never finished, or never sealed") from error
+        raise BrokenCheckpoint(f"{path} is missing: the checkpoint was not finished") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path} is unreadable: {error}") from error
-    if checksum != hashlib.blake2b(_dumps(manifest).encode(), digest_size=16).hexdigest() or text != _dumps(
+    if checksum != hashlib.blake2b(_to_json(manifest).encode(), digest_size=16).hexdigest() or text != _to_json(
         {**manifest, "checksum": checksum}
     ):
-        raise BrokenCheckpoint(f"{path} is not what was written: its checksum differs")
+        raise BrokenCheckpoint(f"{path} has changed: checksum mismatch")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise BrokenCheckpoint(f"{path} has format {manifest['format_version']}; this code reads {FORMAT_VERSION}")
+        raise BrokenCheckpoint(f"{path} has format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
     return manifest
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """Compare every file with the manifest, which is returned.
+    """Compare every file with the manifest, and return the manifest.
 
     Raises:
         BrokenCheckpoint: a file is missing, or differs in size or checksum.
@@ -137,13 +127,13 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size != expected["size"]:
             raise BrokenCheckpoint(f"{path} has {size} bytes instead of {expected['size']}")
-        if _digest_of(path) != expected["blake2b"]:
-            raise BrokenCheckpoint(f"{path} is not what was written: its checksum differs")
+        if _file_digest(path) != expected["blake2b"]:
+            raise BrokenCheckpoint(f"{path} has changed: checksum mismatch")
     return manifest
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
-    """All `checkpoint-N` folders, sealed or not, oldest first."""
+    """Return all `checkpoint-N` folders, sealed or not, oldest first."""
     paths = Path(output_dir).glob("checkpoint-*")
     return sorted((path for path in paths if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
@@ -157,7 +147,7 @@ def _is_sealed(folder: Path) -> bool:
 
 
 def newest_sealed(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that has a manifest; its files are not read."""
+    """Return the newest checkpoint that has a manifest. Its files are not verified."""
     return next((str(folder) for folder in reversed(_checkpoints(output_dir)) if _is_sealed(folder)), None)
 
 
@@ -172,40 +162,42 @@ def _set_aside(folder: Path, reason: str) -> None:
 
 
 def find_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that verifies, or None.
+    """Return the newest checkpoint that passes `verify_checkpoint`, or None.
 
-    Broken ones that are newer, and all unfinished ones, are renamed to `_aside-checkpoint-N`, never deleted; the
-    reason is printed.
+    Newer checkpoints that are broken, and all unfinished ones, are renamed to `_aside-checkpoint-N`, never deleted.
+    The reason is printed.
     """
-    good = None
+    newest = None
     for folder in reversed(_checkpoints(output_dir)):
         try:
-            if good is None:
+            if newest is None:
                 verify_checkpoint(folder)
-                good = str(folder)
+                newest = str(folder)
             elif not _is_sealed(folder):
                 read_manifest(folder)
         except BrokenCheckpoint as error:
             _set_aside(folder, str(error))
-    return good
+    return newest
 
 
 def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint to resume from.
+    """Return the checkpoint to resume from, or None to start from step 0.
+
+    In a distributed run all processes must call this. The main process decides.
 
     Args:
-        resume_from_checkpoint: `"auto"` for the newest in `output_dir` that verifies, or None where there is none; a
-            path, which must verify, and if it lies in `output_dir` what is newer there is set aside; None to start
-            afresh.
-        output_dir: of the run. Where the run is distributed all processes call; the first one looks, all get its
-            answer.
+        resume_from_checkpoint: `"auto"` for the newest valid checkpoint in `output_dir`, if any; or a path, which must
+            be valid; or None to start from step 0. If the path is in `output_dir`, newer checkpoints there are set
+            aside.
+        output_dir: of the run.
 
     Raises:
-        ValueError: the path is broken (the message names the file), or `output_dir` holds checkpoints that the run
-            would neither go on from nor be safe beside.
+        ValueError: the path is broken (the message names the file), or `output_dir` holds checkpoints of an earlier
+            run that this run would not resume.
     """
     if world_size() == 1:
         return _resolve(resume_from_checkpoint, Path(output_dir))
+    # checkpoint and error
     answer: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -219,30 +211,32 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -
 
 
 def check_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> None:
-    """Raise what `resolve_resume` would, and change nothing: for before anything takes long."""
+    """Raise the errors of `resolve_resume` without changing anything. Called before any long work starts."""
     if resume_from_checkpoint == "auto":
         return
     if resume_from_checkpoint is not None:
         checkpoint = Path(resume_from_checkpoint)
         if not checkpoint.is_dir():
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a checkpoint-N folder, or auto."
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder. Set it to a checkpoint-N "
+                "folder, or to auto."
             )
         try:
             verify_checkpoint(checkpoint)
         except BrokenCheckpoint as error:
             raise BrokenCheckpoint(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} is broken: {error}. Give another, or auto for the "
-                "newest good one. (hf_minigpt.training.checkpoints.sealing.seal_checkpoint accepts the files as they "
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is broken: {error}. Set another, or auto for the "
+                "newest valid one. (hf_minigpt.training.checkpoints.sealing.seal_checkpoint accepts the files as they "
                 "are.)"
             ) from error
         if checkpoint.resolve().parent == Path(output_dir).resolve():
             return
-    # a run that starts at step 0 beside them would lose its first checkpoints to rotation and resume from theirs
+    # Rotation would delete the first checkpoints of a run that starts at step 0 next to them, and a resume would load
+    # the old ones.
     sealed = newest_sealed(output_dir)
     if sealed is not None:
         raise ValueError(
-            f"output_dir={output_dir} holds {Path(sealed).name} of an earlier run: go on from it with "
+            f"output_dir={output_dir} holds {Path(sealed).name} of an earlier run. Resume it with "
             "--resume_from_checkpoint auto, or choose another --output_dir."
         )
 
@@ -255,20 +249,20 @@ def _resolve(resume_from_checkpoint: str | None, output_dir: Path) -> str | None
     earlier = [folder for folder in _checkpoints(output_dir) if folder.resolve() != chosen]
     for folder in earlier:
         if chosen is None or chosen.parent != output_dir.resolve():
-            _set_aside(folder, "it was never finished")
+            _set_aside(folder, "it was not finished")
         elif _step(folder) > _step(chosen):
-            _set_aside(folder, f"the run goes on from {chosen.name}, which is older")
+            _set_aside(folder, f"the run resumes from {chosen.name}, which is older")
     return resume_from_checkpoint
 
 
 def rotate_checkpoints(output_dir: str | Path, keep: int | None, protected: Iterable[str | Path] = ()) -> None:
-    """Delete the oldest sealed checkpoints until `keep` are left; never the newest, nor a protected one.
+    """Delete the oldest sealed checkpoints until `keep` are left, but never the newest or a protected one.
 
     Args:
-        keep: None or 0 for all.
-        protected: folders, for instance that of the best model.
+        keep: number of checkpoints. None or 0 keeps all.
+        protected: folders to keep, such as that of the best model.
     """
-    # a crash may have come in the middle of a deletion
+    # left over from a crash during a deletion
     for remains in Path(output_dir).glob(f"{DELETED}*"):
         shutil.rmtree(remains, ignore_errors=True)
     if not keep or keep < 0:
@@ -277,7 +271,7 @@ def rotate_checkpoints(output_dir: str | Path, keep: int | None, protected: Iter
     kept = {Path(folder).resolve() for folder in protected}
     candidates = [folder for folder in sealed[:-1] if folder.resolve() not in kept]
     for folder in candidates[: max(0, len(sealed) - keep)]:
-        # no half-deleted folder is ever called a checkpoint
+        # renamed first, so that a half-deleted folder never looks like a checkpoint
         remains = folder.with_name(DELETED + folder.name)
         folder.rename(remains)
         shutil.rmtree(remains, ignore_errors=True)
@@ -292,13 +286,13 @@ def _close_inherited_locks() -> None:
     _lock_descriptors.clear()
 
 
-# a worker of a data loader that outlives the run for a moment would hold its lock
+# a data loader worker that outlives the run would keep its lock
 os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextlib.contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder for the length of the block, however it ends: a SIGKILL releases the lock too.
+    """Lock a run's folder against other runs during the block. The lock is released even by a SIGKILL.
 
     Raises:
         ValueError: another process holds it.
@@ -315,7 +309,7 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         except BlockingIOError as error:
             owner = os.read(descriptor, 1000).decode(errors="replace")
             raise ValueError(
-                f"output_dir={output_dir} is in use by another run ({owner}): wait for its end, or choose another."
+                f"output_dir={output_dir} is in use by another run ({owner}). Wait until it ends, or choose another."
             ) from error
         _lock_descriptors.add(descriptor)
         os.ftruncate(descriptor, 0)
@@ -328,9 +322,9 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
 
 
 class CheckpointSealer:
-    """Seals checkpoints in a thread of its own, and after each deletes those that are too old.
+    """Seals checkpoints in a background thread, and rotates the older ones after each.
 
-    Used as a context it waits for the last one at the end.
+    As a context manager, it waits for the last checkpoint at the end.
 
     Args:
         output_dir: the run's folder.
@@ -352,20 +346,20 @@ class CheckpointSealer:
         try:
             self.wait()
         except OSError:
-            # an error on its way out is likely to be the cause of this one
+            # an error that is already being raised is likely the cause of this one
             if error is None:
                 raise
         finally:
             self._pool.shutdown()
 
     def seal(self, folder: str | Path, protected: Iterable[str | Path] = ()) -> None:
-        """Seal a folder; all processes call once they have written their part.
+        """Seal a folder. All processes call this after writing their part.
 
         Args:
-            protected: folders that rotation spares.
+            protected: folders that rotation must keep.
 
         Raises:
-            OSError: the checkpoint before could not be sealed.
+            OSError: the previous checkpoint could not be sealed.
         """
         self.wait()
         if world_size() > 1:
@@ -381,7 +375,7 @@ class CheckpointSealer:
         """Wait until the latest checkpoint is sealed.
 
         Raises:
-            OSError: it could not be.
+            OSError: it could not be sealed.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -391,16 +385,16 @@ class CheckpointSealer:
                 raise self.write_error(error) from error
 
     def check(self) -> None:
-        """Raise what `wait` would, without waiting."""
+        """Raise the error of `wait`, if there is one already, without waiting."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     @contextlib.contextmanager
     def saving(self, step: int, protected: Iterable[str | Path] = ()) -> Iterator[Path]:
-        """Write a checkpoint's files into the folder that this gives; it is sealed at the end of the block.
+        """Give the folder to write a checkpoint's files into, and seal it at the end of the block.
 
         Raises:
-            OSError: the disk is full, or fails otherwise; the message names the last good checkpoint.
+            OSError: the disk is full or fails otherwise. The message names the last valid checkpoint.
         """
         self.wait()
         folder = self.output_dir / f"checkpoint-{step}"
@@ -412,16 +406,16 @@ class CheckpointSealer:
         self.seal(folder, protected)
 
     def unfinished(self) -> Path | None:
-        """A checkpoint that was begun and not sealed."""
+        """Return the newest checkpoint that is not sealed, or None."""
         return next((folder for folder in reversed(_checkpoints(self.output_dir)) if not _is_sealed(folder)), None)
 
     def write_error(self, error: Exception) -> OSError:
-        """What to tell the user where `error` came while writing: torch says only "unexpected pos 576 vs 534"."""
+        """Return an error that names folder, free space and remedy. torch says only "unexpected pos 576 vs 534"."""
         folder = self.unfinished() or self.output_dir
         free = shutil.disk_usage(self.output_dir).free
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         return OSError(
             number,
             f"{folder} could not be written ({error}); the disk has {free / 1e6:,.0f} MB free. Free space, or lower "
-            f"save_total_limit, then resume. Last good checkpoint: {newest_sealed(self.output_dir)}",
+            f"save_total_limit, then resume. Last valid checkpoint: {newest_sealed(self.output_dir)}",
         )

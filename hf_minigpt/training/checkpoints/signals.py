@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step, with a checkpoint and exit code 75."""
+"""Stops a run on SIGTERM or SIGINT after the current step, with a checkpoint and exit code 75."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from .sealing import say, world_size
+from ..processes import print_once, world_size
 
 
 # sysexits.h: EX_TEMPFAIL, "try again later"
@@ -18,15 +18,16 @@ EXIT_STOPPED = 75
 
 
 class StopSignals:
-    """Makes SIGTERM and SIGINT a request to stop after the current step, for the length of a block.
+    """Turns SIGTERM and SIGINT into a request to stop after the current step, during a block.
 
-    A second signal ends the process at once, as if nobody had handled it (a shell shows 128 + its number). Signals
-    within a second of the first are the same request: a launcher passes on what its process group has got already.
+    A second signal ends the process at once, as without a handler (a shell shows 128 + its number). Signals within a
+    second of the first count as the same request: a launcher forwards a signal that its process group has received
+    already.
 
-    In threads other than the main one, where Python allows no handlers, signals do what they did.
+    Outside the main thread, where Python allows no handlers, signals are not handled.
 
     Attributes:
-        agreed: the latest answer of `requested`.
+        agreed: the latest result of `requested`.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class StopSignals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         if world_size() > 1:
-            # on the CPU, so that asking does not wait for the GPU
+            # on the CPU, so that `requested` does not wait for the GPU
             self._group = dist.new_group(backend="gloo")
         return self
 
@@ -49,7 +50,7 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._signal is not None and not self.agreed and error is None:
-            # it came too late for a step to notice
+            # it came after the last call of `requested`
             signal.raise_signal(self._signal)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -64,7 +65,7 @@ class StopSignals:
             signal.raise_signal(number)
 
     def requested(self) -> bool:
-        """Whether to stop now. All processes get the same answer, hence all ask after each step."""
+        """Return whether to stop now. All processes must call this after each step and get the same result."""
         if self._group is None:
             self.agreed = self._signal is not None
         else:
@@ -74,14 +75,14 @@ class StopSignals:
         return self.agreed
 
     def exit_if_requested(self) -> None:
-        """End the process with exit code 75 where `requested` was last answered with yes."""
+        """End the process with exit code 75 if the last `requested` was true."""
         if self.agreed:
-            say("Stopped by a signal. To go on: --resume_from_checkpoint auto")
+            print_once("Stopped by a signal. Resume with --resume_from_checkpoint auto")
             raise SystemExit(EXIT_STOPPED)
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint when `signals` ask for it."""
+    """Stops training with a checkpoint when a signal requests it."""
 
     def __init__(self, signals: StopSignals):
         self.signals = signals
@@ -90,7 +91,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.signals.requested():
             control.should_training_stop = True
-            # what is due at the end of an epoch comes before the checkpoint, as in a run that is not stopped
+            # at the end of an epoch, logging and evaluation come before the checkpoint, as in an uninterrupted run
             control.should_save = control.should_save or not float(state.epoch).is_integer()
 
     def on_epoch_end(self, args, state, control, **kwargs):

@@ -1,14 +1,13 @@
-"""Checkpoints that survive a crash at any moment, and resumed runs that end bit for bit like uninterrupted ones.
+"""Trains with checkpoints that survive any crash. A resumed run ends bit for bit like an uninterrupted one.
 
-The Trainer writes a checkpoint in place and resumes from the highest number, whatever is in it. Here a checkpoint
-counts only once it is sealed: its files are on the disk, and a manifest with their sizes and checksums was written
-after them, atomically. Only then is an older one deleted.
+The Trainer writes checkpoints in place and resumes from the highest number, even if it is incomplete. Here only sealed
+checkpoints count, see `sealing`.
 
-With a Trainer, TRL's among them, one call replaces `trainer.train`:
+With any Trainer, including TRL's, one call replaces `trainer.train`:
 
     train_safely(trainer)
 
-A loop of one's own uses the parts, from `sealing`, `signals`, `divergence` and `fingerprints`, here with Accelerate:
+A custom loop uses the parts from `sealing`, `signals`, `divergence` and `fingerprints`, here with Accelerate:
 
     losses = LossGuard(output_dir)
     with run_lock(output_dir), StopSignals() as stop, CheckpointSealer(output_dir, run=run) as sealer:
@@ -40,9 +39,10 @@ from transformers.trainer_utils import TrainOutput
 
 from ...data.streaming import StreamedRows
 from ..callbacks import SetEpoch, StreamPosition
+from ..processes import print_once
 from .divergence import StopOnDivergence, TrainingDiverged
 from .fingerprints import check_same_run, dataset_fingerprint, optimizer_name, run_fingerprint
-from .sealing import CheckpointSealer, resolve_resume, run_lock, say
+from .sealing import CheckpointSealer, resolve_resume, run_lock
 from .signals import StopOnSignal, StopSignals
 
 
@@ -50,7 +50,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class SealedCheckpoints(TrainerCallback):
-    """Seals what the Trainer has saved, and takes the deletion of old checkpoints over from it."""
+    """Seals the checkpoints that the Trainer saves, and deletes the old ones in its place."""
 
     def __init__(self, sealer: CheckpointSealer):
         self.sealer = sealer
@@ -72,8 +72,8 @@ class SealedCheckpoints(TrainerCallback):
         self.sealer.wait()
 
 
-class _NoStepTooMany(TrainerCallback):
-    """Resumed after its last step, in the middle of an epoch, the Trainer would train one step more."""
+class _StopAtMaxSteps(TrainerCallback):
+    """Keeps a run that is resumed after its last step from training one more, as the Trainer does within an epoch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer
@@ -90,7 +90,7 @@ class _NoStepTooMany(TrainerCallback):
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self._is_finished and "train_loss" in logs and losses:
-            # the mean over no steps would be 0
+            # the mean over zero steps would be 0
             logs["train_loss"] = state.log_history[-1]["train_loss"] = losses[-1]
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -99,26 +99,27 @@ class _NoStepTooMany(TrainerCallback):
 
 
 def train_safely(trainer: Trainer, *, dataset: str | None = None, allow_changed_run: bool = False) -> TrainOutput:
-    """`trainer.train`, of any Trainer, with all that this module has.
+    """Call `trainer.train` with safe checkpoints.
 
-    - Resumes as `args.resume_from_checkpoint` says (`resolve_resume`), if nothing that determines the run has changed.
-    - Locks the output folder, seals checkpoints, and keeps `args.save_total_limit` of them.
-    - On SIGTERM or SIGINT saves after the step and ends the process with exit code 75.
+    - Resumes from `args.resume_from_checkpoint` (`resolve_resume`) if the run has not changed (`check_same_run`).
+    - Locks the output folder, seals the checkpoints and keeps `args.save_total_limit` of them.
+    - On SIGTERM or SIGINT, saves after the step and ends the process with exit code 75.
 
     Args:
-        dataset: fingerprint of the training set, needed where it only iterates; default: `dataset_fingerprint`.
-        allow_changed_run: resume even so; what has changed is printed.
+        trainer: any transformers Trainer.
+        dataset: fingerprint of the training set, required for an iterable one. Default: `dataset_fingerprint`.
+        allow_changed_run: resume a changed run. The changes are printed.
 
     Raises:
-        ValueError: nothing safe to resume from, a changed run, a folder in use, an argument that contradicts this.
+        ValueError: no valid checkpoint, a changed run, a folder in use, or an argument that sealing does not support.
         OSError: a checkpoint could not be written.
         TrainingDiverged: the loss or the gradient exploded.
-        MemoryError: the device has too little; the message says what takes less.
+        MemoryError: the device is out of memory. The message says what needs less.
     """
     args = trainer.args
     for name in ("enable_jit_checkpoint", "save_on_each_node"):
         if getattr(args, name):
-            raise ValueError(f"{name}=True does not go with sealed checkpoints, which do that job: leave it out.")
+            raise ValueError(f"{name}=True is not supported: sealed checkpoints replace it. Leave it out.")
     output_dir = str(args.output_dir)
     with run_lock(output_dir):
         checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
@@ -127,19 +128,19 @@ def train_safely(trainer: Trainer, *, dataset: str | None = None, allow_changed_
         if checkpoint is not None:
             if args.save_only_model:
                 raise ValueError(
-                    f"save_only_model=True: {checkpoint} has no state of the optimizer to resume from. Start from its "
+                    f"save_only_model=True: {checkpoint} has no optimizer state to resume from. Start from its "
                     "weights with --model in another output_dir."
                 )
             check_same_run(checkpoint, run, allow_changed_run)
-            say(f"Resuming from {checkpoint}")
+            print_once(f"Resuming from {checkpoint}")
         with StopSignals() as signals, CheckpointSealer(output_dir, args.save_total_limit, run) as sealer:
-            # what asks for a checkpoint, what may forbid it, what completes it
+            # in this order: the first may request a checkpoint, the second forbid it, the third seals it
             callbacks: list[TrainerCallback] = [StopOnSignal(signals), StopOnDivergence(trainer, sealer)]
-            callbacks += [SealedCheckpoints(sealer), _NoStepTooMany(trainer)]
+            callbacks += [SealedCheckpoints(sealer), _StopAtMaxSteps(trainer)]
             if hasattr(trainer.train_dataset, "set_epoch"):
                 callbacks.append(SetEpoch())
             if isinstance(trainer.train_dataset, StreamedRows):
-                # before the seal
+                # the position must be saved before the checkpoint is sealed
                 callbacks.insert(0, StreamPosition(trainer.train_dataset, checkpoint))
             with _added(trainer, callbacks):
                 try:
@@ -159,7 +160,7 @@ def train_safely(trainer: Trainer, *, dataset: str | None = None, allow_changed_
 
 def _out_of_memory(args: TrainingArguments, error: Exception) -> str:
     batch_size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    remedy = "--auto_find_batch_size true (halves it until it fits), or --gradient_checkpointing true, or shorter rows"
+    remedy = "--auto_find_batch_size true (halves it until it fits), --gradient_checkpointing true, or shorter rows"
     if batch_size % 2 == 0:
         same = f"--per_device_train_batch_size {batch_size // 2} --gradient_accumulation_steps {2 * accumulated}"
         remedy = f"{same} (the same steps), or {remedy}"

@@ -1,10 +1,11 @@
+"""Checkpoints survive crashes, signals, full disks and damage, and resumed runs end like uninterrupted ones."""
+
 import builtins
 import errno
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,17 +16,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-
-# this file is also the program that the tests kill, signal and run twice at a time
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import ShuffledDocumentRows
-from hf_minigpt.data.token_store import TokenStore, TokenStoreWriter
 from hf_minigpt.training.checkpoints import sealing
 from hf_minigpt.training.checkpoints.divergence import LossGuard, TrainingDiverged
 from hf_minigpt.training.checkpoints.fingerprints import check_same_run, dataset_fingerprint
@@ -44,87 +39,25 @@ from hf_minigpt.training.checkpoints.sealing import (
 )
 from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.checkpoints.train_safely import train_safely
-from hf_minigpt.training.optimizers import muon_adamw
-from hf_minigpt.training.trainer import end_training
+from tests.programs.interrupted_training import (
+    STEPS,
+    STEPS_PER_EPOCH,
+    At,
+    Muon,
+    assert_same_weights,
+    make_trainer,
+    weights,
+    write_store,
+)
 from tests.tiny import tiny_config
 
 
-STEPS = 50
-# 82 rows, two at a time, two times a step: an epoch's last step is smaller, and checkpoint 21 is at its end
-STEPS_PER_EPOCH = 21
-
-
-def write_store(folder):
-    if not folder.is_dir():
-        writer = TokenStoreWriter(folder, eos_token_id=0, vocab_size=67)
-        rng = np.random.default_rng(0)
-        for length in rng.integers(3, 40, 60):
-            writer.add(rng.integers(1, 67, length), num_bytes=int(length))
-        writer.close()
-    return TokenStore.open(folder)
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("corpus") / "store")
-
-
-class Muon(Trainer):
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.optimizer = muon_adamw(self.model, learning_rate=1e-2, matrix_learning_rate=2e-2, weight_decay=0.1)
-        return self.optimizer
-
-
-class At(TrainerCallback):
-    """Does something at one moment of training."""
-
-    def __init__(self, step, act, event="on_step_begin"):
-        self.step, self.act = step, act
-        setattr(self, event, self._on_event)
-
-    def _on_event(self, args, state, control, model=None, **kwargs):
-        # a step begins while the one before is the latest
-        if state.global_step + 1 == self.step:
-            self.act(model)
-
-
-def make_trainer(store, output_dir, *, callbacks=(), trainer_class=Trainer, evaluates=False, rows_seed=3, **arguments):
-    torch.manual_seed(0)
-    model = MiniGPTForCausalLM(tiny_config("gpt2", embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1))
-    rows = ShuffledDocumentRows(store, 16, seed=rows_seed)
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "save_steps": 7,
-        "logging_steps": 7,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "use_cpu": True,
-        "label_names": ["shift_labels"],
-        "prediction_loss_only": True,
-    }
-    args = TrainingArguments(str(output_dir), **{**defaults, **arguments})
-    return trainer_class(
-        model,
-        args,
-        train_dataset=rows,
-        eval_dataset=torch.utils.data.Subset(rows, range(4)) if evaluates else None,
-        data_collator=LanguageModelCollator(pad_token_id=1),
-        callbacks=list(callbacks),
-    )
-
-
-def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def assert_same_weights(trainer, expected):
-    found = trainer.model.state_dict()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def history(trainer):
@@ -184,7 +117,7 @@ def test_resume_is_exact(finished, store, tmp_path, step):
     ],
     ids=["muon", "adafactor", "workers", "epochs"],
 )
-def test_resume_is_exact_with(store, tmp_path, arguments):
+def test_resume_is_exact_with_other_arguments(store, tmp_path, arguments):
     uninterrupted = make_trainer(store, tmp_path / "uninterrupted", **arguments)
     train_safely(uninterrupted)
     checkpoint = newest_sealed(tmp_path / "uninterrupted")
@@ -196,19 +129,19 @@ def test_resume_is_exact_with(store, tmp_path, arguments):
     assert history(trainer) == history(uninterrupted)
 
 
-def test_resume_of_a_finished_run(finished, store, tmp_path, capsys):
+def test_a_finished_run_resumes_without_training(finished, store, tmp_path, capsys):
     shutil.copytree(Path(finished[0].args.output_dir, f"checkpoint-{STEPS}"), tmp_path / f"checkpoint-{STEPS}")
     trainer = make_trainer(store, tmp_path, resume_from_checkpoint="auto")
     output = train_safely(trainer)
     assert output.global_step == STEPS
     assert output.metrics["train_loss"] == history(trainer)[-1]["loss"]
-    # and it can be trained further
+    # it can be trained further
     trainer.args.max_steps = STEPS + 3
     assert train_safely(trainer, allow_changed_run=True).global_step == STEPS + 3
-    assert capsys.readouterr().out.count(" there, ") == 1
+    assert capsys.readouterr().out.count(" in the checkpoint, ") == 1
 
 
-def test_save_total_limit_and_best_model(store, tmp_path):
+def test_rotation_keeps_the_best_model(store, tmp_path):
     # the best model is the first: the learning rate ruins it
     arguments = {
         "learning_rate": 0.3,
@@ -282,20 +215,20 @@ def default_sigint():
     signal.signal(signal.SIGINT, before)
 
 
-def test_signal_after_the_last_question_is_not_lost(default_sigint):
+def test_signal_after_the_last_check_is_not_lost(default_sigint):
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         assert not signals.requested()
         os.kill(os.getpid(), signal.SIGINT)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        # what a launcher passes on
+        # forwarded by a launcher
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.requested()
     with pytest.raises(SystemExit, match="75"):
         signals.exit_if_requested()
 
 
-def test_signals_outside_the_main_thread_are_left_alone():
+def test_signals_outside_the_main_thread_are_not_handled():
     answers = []
 
     def ask():
@@ -312,7 +245,7 @@ def test_signals_outside_the_main_thread_are_left_alone():
 
 
 def damages(path):
-    """Ways to break a file: name, function."""
+    """Yield ways to damage a file: name, function."""
     content = path.read_bytes()
 
     def flip(place):
@@ -325,7 +258,7 @@ def damages(path):
         yield f"flipped byte {place}", flip(place)
 
 
-def test_every_damage_to_every_file_is_noticed(run_folder, capsys):
+def test_any_damage_to_any_file_is_detected(run_folder, capsys):
     newest = run_folder / "checkpoint-14"
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < {
@@ -348,7 +281,7 @@ def test_every_damage_to_every_file_is_noticed(run_folder, capsys):
     assert find_checkpoint(run_folder) == str(newest)
 
 
-def test_set_aside_is_never_overwritten(run_folder):
+def test_checkpoints_set_aside_are_never_overwritten(run_folder):
     for text in ("first", "second"):
         broken = run_folder / "checkpoint-20"
         broken.mkdir()
@@ -358,19 +291,19 @@ def test_set_aside_is_never_overwritten(run_folder):
     assert (run_folder / "_aside-checkpoint-20-2" / "model.safetensors").read_text() == "second"
 
 
-def test_resolve_resume(run_folder, tmp_path):
+def test_resume_finds_the_right_checkpoint_or_refuses(run_folder, tmp_path):
     assert resolve_resume(None, tmp_path / "new") is None
     assert resolve_resume("auto", tmp_path / "new") is None
     with pytest.raises(ValueError, match="checkpoint-14 of an earlier run"):
         resolve_resume(None, run_folder)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         resolve_resume(str(tmp_path / "nothing"), run_folder)
     elsewhere = shutil.copytree(run_folder / "checkpoint-7", tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="checkpoint-14 of an earlier run"):
         resolve_resume(str(elsewhere), run_folder)
     assert resolve_resume(str(elsewhere), tmp_path / "new") == str(elsewhere)
 
-    # the look before the run changes nothing
+    # check_resume changes nothing
     older = str(run_folder / "checkpoint-7")
     for good in (older, "auto"):
         check_resume(good, run_folder)
@@ -394,7 +327,7 @@ def sealed_folders(output_dir, *steps):
         seal_checkpoint(folder)
 
 
-def test_rotation(tmp_path):
+def test_rotation_deletes_the_oldest_checkpoints(tmp_path):
     sealed_folders(tmp_path, 5, 10, 15, 20, 100)
     unfinished = tmp_path / "checkpoint-110"
     unfinished.mkdir()
@@ -407,7 +340,7 @@ def test_rotation(tmp_path):
     rotate_checkpoints(tmp_path, keep=None)
     assert steps() == [5, 10, 15, 20, 100, 110]
     assert not left.exists()
-    # as the Trainer's own: the protected one is among those kept
+    # as in the Trainer, a protected checkpoint counts among those kept
     rotate_checkpoints(tmp_path, keep=3, protected=[f"{tmp_path}/./checkpoint-5"])
     assert steps() == [5, 20, 100, 110]
     rotate_checkpoints(tmp_path, keep=1, protected=[tmp_path / "checkpoint-5"])
@@ -420,7 +353,7 @@ def test_rotation(tmp_path):
 
 
 class Disk:
-    """From the n-th write on every write fails, as on a full disk."""
+    """Fails every write from the n-th on, like a full disk."""
 
     def __init__(self, monkeypatch, fails_at=None):
         self.fails_at = fails_at
@@ -446,8 +379,9 @@ class Disk:
         self.writing = True
 
 
-def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatch, tmp_path):
-    """The disk fills up while checkpoint 15 is written, at its last write at the latest."""
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_disk_full_at_every_nth_write(store, finished, run_folder, monkeypatch, tmp_path, every):
+    """The disk fills up while checkpoint 15 is written: at every nth write, and at the last ones."""
     whole = run_folder.rename(tmp_path / "whole")
     arguments = {"resume_from_checkpoint": "auto", "max_steps": 15, "save_total_limit": 2}
 
@@ -465,9 +399,10 @@ def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatc
     num_writes = train(None, tmp_path / "healthy")
     assert num_writes > 20
     found = []
-    for fails_at in range(1, num_writes + 1):
+    tried = sorted({*range(1, num_writes + 1, every), *range(num_writes - 4, num_writes + 1)})
+    for fails_at in tried:
         output_dir = tmp_path / "full"
-        with pytest.raises(OSError, match=r"Last good checkpoint: .*checkpoint-1[45]$") as error_info:
+        with pytest.raises(OSError, match=r"Last valid checkpoint: .*checkpoint-1[45]$") as error_info:
             train(fails_at, output_dir)
         assert error_info.value.errno == errno.ENOSPC
         assert "MB free" in str(error_info.value)
@@ -475,13 +410,13 @@ def test_disk_full_at_each_write_in_turn(store, finished, run_folder, monkeypatc
         assert str(error_info.value).endswith(checkpoint)
         found.append(Path(checkpoint).name)
         shutil.rmtree(output_dir)
-    # after the manifest there are two folders to bring to the disk, and one checkpoint to delete
-    assert found == ["checkpoint-14"] * (num_writes - 3) + ["checkpoint-15"] * 3
+    # after the manifest there are two folders to flush, and one checkpoint to delete
+    assert found == ["checkpoint-14"] * (len(tried) - 3) + ["checkpoint-15"] * 3
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
-def test_file_size_limit(store, finished, run_folder, share):
-    """The kernel lets files grow to this share of the largest."""
+def test_a_file_that_cannot_grow_leaves_the_last_valid_checkpoint(store, finished, run_folder, share):
+    """The kernel limits files to this fraction of the largest."""
     largest = max(path.stat().st_size for path in (run_folder / "checkpoint-14").iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -490,7 +425,7 @@ def test_file_size_limit(store, finished, run_folder, share):
 
     trainer = make_trainer(store, run_folder, callbacks=[At(20, limit)], resume_from_checkpoint="auto")
     try:
-        with pytest.raises(OSError, match=r"checkpoint-21 could not .*Last good checkpoint: .*checkpoint-14"):
+        with pytest.raises(OSError, match=r"checkpoint-21 could not .*Last valid checkpoint: .*checkpoint-14"):
             train_safely(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -512,7 +447,7 @@ def test_second_run_in_a_folder_is_refused(store, tmp_path):
         pass
 
 
-def test_worker_that_outlives_the_run_does_not_hold_its_lock(tmp_path):
+def test_a_worker_that_outlives_the_run_does_not_keep_its_lock(tmp_path):
     ready, done = os.pipe()
     run = os.fork()
     if run == 0:
@@ -538,10 +473,10 @@ def test_worker_that_outlives_the_run_does_not_hold_its_lock(tmp_path):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 2 there, 4 now"),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 2 there, 1 now"),
-        ({"max_steps": 60}, "max_steps: 50 there, 60 now"),
-        ({"seed": 1}, "arguments.seed: 42 there, 1 now"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 2 in the checkpoint, 4 now"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 2 in the checkpoint, 1 now"),
+        ({"max_steps": 60}, "max_steps: 50 in the checkpoint, 60 now"),
+        ({"seed": 1}, "arguments.seed: 42 in the checkpoint, 1 now"),
         ({"rows_seed": 4}, "dataset: "),
         ({"trainer_class": Muon, "optim": "sgd"}, "arguments.optim: "),
     ],
@@ -552,30 +487,42 @@ def test_changed_run_is_refused(store, run_folder, change, field):
         train_safely(trainer)
 
 
-def test_changed_run_goes_on_if_asked(store, run_folder, capsys):
-    # what changes no weight may change
+def test_changed_run_resumes_if_allowed(store, run_folder, capsys):
+    # settings that do not affect the weights may change
     arguments = {"resume_from_checkpoint": "auto", "save_steps": 5, "logging_steps": 3, "max_steps": 16}
     trainer = make_trainer(store, run_folder, per_device_train_batch_size=4, **arguments)
     train_safely(trainer, allow_changed_run=True)
-    assert "per_device_train_batch_size: 2 there, 4 now" in capsys.readouterr().out
+    assert "per_device_train_batch_size: 2 in the checkpoint, 4 now" in capsys.readouterr().out
     run = read_manifest(run_folder / "checkpoint-16")["run"]
     assert run["arguments"]["per_device_train_batch_size"] == 4
     assert run["config"]["hidden_size"] == 24
 
 
-def test_check_same_run_names_all_that_differs(tmp_path):
+def test_check_same_run_names_all_differences(tmp_path):
     sealed_folders(tmp_path, 1)
     run = {"batch": 2, "config": {"width": 8, "depth": 2}}
     seal_checkpoint(tmp_path / "checkpoint-1", run)
     check_same_run(tmp_path / "checkpoint-1", run)
     with pytest.raises(ValueError) as error_info:
         check_same_run(tmp_path / "checkpoint-1", {"batch": 4, "config": {"width": 8}, "seed": 0})
-    for part in ("batch: 2 there, 4 now", "config.depth: 2 there, (absent) now", "seed: (absent) there, 0 now"):
+    for part in (
+        "batch: 2 in the checkpoint, 4 now",
+        "config.depth: 2 in the checkpoint, (absent) now",
+        "seed: (absent) in the checkpoint, 0 now",
+    ):
         assert part in str(error_info.value)
     assert "width" not in str(error_info.value)
 
 
-def test_dataset_fingerprint(store):
+def test_manifests_with_old_field_names_are_read(tmp_path):
+    sealed_folders(tmp_path, 1)
+    seal_checkpoint(tmp_path / "checkpoint-1", {"arguments": {"adversarial_share": 0.1}})
+    check_same_run(tmp_path / "checkpoint-1", {"arguments": {"adversarial_epsilon": 0.1}})
+    with pytest.raises(ValueError, match=r"adversarial_epsilon: 0\.1 in the checkpoint, 0\.2 now"):
+        check_same_run(tmp_path / "checkpoint-1", {"arguments": {"adversarial_epsilon": 0.2}})
+
+
+def test_different_datasets_have_different_fingerprints(store):
     import datasets
 
     data = datasets.Dataset.from_dict({"input_ids": [[i, i + 1] for i in range(500)]})
@@ -602,7 +549,7 @@ def test_unusable_arguments_are_refused(store, run_folder):
 
 
 class RecordingCollator(LanguageModelCollator):
-    """Remembers the rows' first three tokens, batch by batch."""
+    """Records the rows of each batch."""
 
     def __call__(self, rows):
         batches.append([row["input_ids"].tolist() for row in rows])
@@ -632,10 +579,10 @@ def test_divergence_names_step_rows_and_checkpoint(store, tmp_path, factor, what
     rows = ShuffledDocumentRows(store, 16, seed=3)
     rows.set_epoch(1)
     assert [rows[i]["input_ids"].tolist() for i in error.rows] == expected
-    assert f"step 25 in its rows {error.rows}" in str(error) and "checkpoint-21" in str(error)
+    assert f"step 25 in rows {error.rows}" in str(error) and "checkpoint-21" in str(error)
 
 
-def test_exploding_gradient(store, tmp_path):
+def test_exploding_gradient_stops_the_run(store, tmp_path):
     @torch.no_grad()
     def ruin(model):
         # the loss stays what it is, but the gradient of this weight is NaN
@@ -648,7 +595,7 @@ def test_exploding_gradient(store, tmp_path):
     assert error_info.value.checkpoint == str(tmp_path / "checkpoint-7")
 
 
-def test_loss_guard(tmp_path):
+def test_loss_guard_stops_at_a_high_loss(tmp_path):
     sealed_folders(tmp_path, 3)
     guard = LossGuard(tmp_path)
     for step, loss in enumerate([5.0, 4.0, 14.9], start=1):
@@ -661,11 +608,11 @@ def test_loss_guard(tmp_path):
         guard.check()
 
 
-# A loop of one's own
+# A custom loop
 
 
 def train_in_a_loop(store, output_dir, signal_at=None, num_steps=30):
-    """What the module's docstring says, with torch alone: returns the weights."""
+    """Train as in the docstring of train_safely, with torch only, and return the weights."""
     torch.manual_seed(0)
     rows = ShuffledDocumentRows(store, 16, seed=3)
     model = MiniGPTForCausalLM(tiny_config("gpt2", resid_pdrop=0.1))
@@ -711,7 +658,7 @@ def train_in_a_loop(store, output_dir, signal_at=None, num_steps=30):
     return model.state_dict()
 
 
-def test_bare_loop(store, tmp_path):
+def test_custom_loop_resumes_exactly(store, tmp_path):
     expected = train_in_a_loop(store, tmp_path / "uninterrupted")
     assert {path.name for path in (tmp_path / "uninterrupted").glob("checkpoint-*")} == {
         "checkpoint-16",
@@ -724,7 +671,7 @@ def test_bare_loop(store, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_bare_loop_disk_full(tmp_path):
+def test_custom_loop_reports_a_full_disk(tmp_path):
     sealed_folders(tmp_path, 3)
     with (
         CheckpointSealer(tmp_path) as sealer,
@@ -790,7 +737,7 @@ def test_resume_of_a_stream_is_exact(tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_trainer(tmp_path):
+def test_trl_trainer_resumes_exactly(tmp_path):
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -834,10 +781,12 @@ def test_sft_trainer(tmp_path):
 # Other processes
 
 
-def start(*arguments, **environment):
+def start(store, output_dir, seconds_per_step):
+    arguments = map(str, (store.folder, output_dir, seconds_per_step))
     return subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-m", "tests.programs.interrupted_training", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -851,10 +800,10 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
-def test_sigkill(store, finished, tmp_path):
+def test_a_killed_run_resumes_exactly(store, finished, tmp_path):
     """A process killed at a random moment after its second checkpoint is resumed by another."""
     output_dir = tmp_path / "run"
-    child = start("train", store.folder, output_dir, 0.03)
+    child = start(store, output_dir, 0.03)
     wait_for(lambda: (output_dir / "checkpoint-14" / sealing.MANIFEST).exists(), child)
     with pytest.raises(ValueError, match="in use by another run"), run_lock(output_dir):
         pass
@@ -884,69 +833,3 @@ def test_second_signal_ends_the_process():
     time.sleep(1.1)
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
-
-
-def test_two_processes(store, tmp_path):
-    """The signal of one stops both at the same step; the resumed run is exact; one process can take it over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        start("distributed", store.folder, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
-        for rank in range(2)
-    ]
-    outputs = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
-    assert "rank 0 done" in outputs[0] and "rank 1 done" in outputs[1]
-
-    checkpoint = tmp_path / "run" / "checkpoint-9"
-    assert {"rng_state_0.pth", "rng_state_1.pth"} < verify_checkpoint(checkpoint)["files"].keys()
-    shutil.copytree(checkpoint, tmp_path / "single" / "checkpoint-9")
-    trainer = make_trainer(store, tmp_path / "single", resume_from_checkpoint="auto", max_steps=12)
-    with pytest.raises(ValueError, match="world_size: 2 there, 1 now"):
-        train_safely(trainer)
-    train_safely(trainer, allow_changed_run=True)
-    assert trainer.state.global_step == 12
-
-
-def run_distributed(store, folder):
-    rank = int(os.environ["RANK"])
-    uninterrupted = make_trainer(store, folder / "uninterrupted", max_steps=16)
-    train_safely(uninterrupted)
-    kill = [At(9, lambda model: os.kill(os.getpid(), signal.SIGTERM))] if rank == 1 else []
-    stopped = make_trainer(store, folder / "run", max_steps=16, callbacks=kill)
-    try:
-        train_safely(stopped)
-    except SystemExit as exit_info:
-        assert exit_info.code == 75
-    assert stopped.state.global_step == 9
-    # another folder in the way of the resumed run
-    if rank == 0:
-        (folder / "run" / "checkpoint-12").mkdir()
-    resumed = make_trainer(store, folder / "run", max_steps=16, resume_from_checkpoint="auto")
-    train_safely(resumed)
-    assert_same_weights(resumed, weights(uninterrupted))
-    again = make_trainer(store, folder / "run", max_steps=16)
-    with pytest.raises(ValueError, match="earlier run"):
-        train_safely(again)
-    end_training(again.accelerator, uninterrupted, stopped, resumed, again)
-    print(f"rank {rank} done")
-
-
-def main(job, store_folder, output_dir, seconds_per_step="0"):
-    torch.set_num_threads(1)
-    store, output_dir = TokenStore.open(store_folder), Path(output_dir)
-    if job == "distributed":
-        run_distributed(store, output_dir)
-        return
-
-    class Slow(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            time.sleep(float(seconds_per_step))
-
-    train_safely(make_trainer(store, output_dir, callbacks=[Slow()]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

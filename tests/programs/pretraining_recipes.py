@@ -1,0 +1,18 @@
+"""Both pretraining recipes in one start of two processes, for tests/recipes/test_pretrain_recipes.py.
+
+Started by torchrun with recipes/ on the PYTHONPATH: `-m tests.programs.pretraining_recipes OUTPUT_DIR FLAG ...`
+"""
+
+import sys
+from pathlib import Path
+
+import pretrain
+import pretrain_loop
+
+
+if __name__ == "__main__":
+    output_dir, *flags = sys.argv[1:]
+    # the second recipe needs the process group that the first would leave
+    pretrain.end_training = lambda *args: None
+    pretrain.main([*flags, "--output_dir", str(Path(output_dir, "two"))])
+    pretrain_loop.main([*flags, "--output_dir", str(Path(output_dir, "two_by_loop"))])
