@@ -17,7 +17,7 @@ from hf_minigpt.classification.arguments import (
     SeedArguments,
 )
 from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, conditions, number
-from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
 from hf_minigpt.pretraining.ladder import LadderArguments
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments, parse
 from hf_minigpt.training.lora import LoraArguments

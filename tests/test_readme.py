@@ -13,7 +13,7 @@ from hf_minigpt.classification.arguments import (
     ReviewArguments,
     SeedArguments,
 )
-from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import DataArguments, ModelArguments, PlanArguments, PretrainArguments
 from hf_minigpt.training.lora import LoraArguments

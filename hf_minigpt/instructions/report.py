@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..training.lora import LoraArguments
 from ..training.report import HYPERPARAMETERS, TrainingReport, model_card
-from .trainer import Answer, InstructionArguments, InstructionData, SFTArguments
+from .answers import Answer
+from .arguments import InstructionArguments, SFTArguments
+from .data import InstructionData
 
 
 # name -> (what the card calls it, digits), in the order of the card

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.adapters import load_causal_lm, merged
 from hf_minigpt.deploy import conversion
-from hf_minigpt.instructions.trainer import add_lora, prepare_for_chat
+from hf_minigpt.instructions.model import prepare_for_chat
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.loading import load_base_model
+from hf_minigpt.training.lora import LoraArguments, add_lora
 from tests.tiny import shake, tiny_model
 
 
@@ -33,7 +34,7 @@ def adapter(tmp_path_factory):
     tiny_model("gpt2", vocab_size=len(tokenizer), **ids).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     base = MiniGPTForCausalLM.from_pretrained(folder / "base")
-    model = add_lora(base, 2, None, prepare_for_chat(base, tokenizer))
+    model = add_lora(base, LoraArguments(lora_rank=2), prepare_for_chat(base, tokenizer))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shake(torch.nn.ParameterDict({name.replace(".", "_"): parameter}))

@@ -3,7 +3,7 @@
 import chat
 import pytest
 
-from hf_minigpt.instructions.trainer import prepare_for_chat
+from hf_minigpt.instructions.model import prepare_for_chat
 from hf_minigpt.tokenization import add_chat_template, train_tokenizer
 from tests.tiny import tiny_model
 
