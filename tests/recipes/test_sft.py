@@ -19,7 +19,7 @@ from hf_minigpt.tokenization import check_tokenizer_fits
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("sft_*.yaml"))
-QUICK = shlex.split("--disable_tqdm true --cpu_threads 1 --max_new_tokens 12")
+QUICK = shlex.split("--disable_tqdm true --cpu_threads 1 --max_new_tokens 12 --eval_strategy no --save_strategy no")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,9 @@ def base(folder):
     text = folder / "text.txt"
     lines = [f"Say {word} twice. {word} {word}, and {word} once more." for word in ("red", "blue", "green")]
     text.write_text("\n\n".join(lines * 40))
-    flags = "--context_length 48 --vocab_size 320 --per_device_train_batch_size 4 --max_steps 20 --disable_tqdm true"
-    flags += " --cpu_threads 1 --config_overrides hidden_size=32 num_attention_heads=2 num_hidden_layers=2"
+    flags = "--context_length 48 --vocab_size 320 --per_device_train_batch_size 4 --max_steps 20 --cpu_threads 1"
+    flags += " --disable_tqdm true --eval_strategy no --save_strategy no --config_overrides hidden_size=32"
+    flags += " num_attention_heads=2 num_hidden_layers=2"
     output = folder / "base"
     paths = ["--dataset", str(text), "--output_dir", str(output), "--cache_dir", str(folder / "cache")]
     pretrain.main([*shlex.split(flags), *paths])
@@ -59,7 +60,16 @@ def flags(base, records, output, *more):
 
 def test_a_finetuned_model_answers_and_stops(base, records, folder, capsys):
     output = folder / "assistant"
-    more = ["--num_train_epochs", "40", "--learning_rate_factor", "1", "--show_examples", "1"]
+    more = [
+        "--num_train_epochs",
+        "25",
+        "--eval_strategy",
+        "steps",
+        "--learning_rate_factor",
+        "1",
+        "--show_examples",
+        "1",
+    ]
     metrics = sft.main(flags(base, records, output, *more))
     out = capsys.readouterr().out
     assert "62 records, 2 left out (1 duplicate, 1 empty)" in out
@@ -92,7 +102,7 @@ def test_a_finetuned_model_answers_and_stops(base, records, folder, capsys):
 @pytest.mark.parametrize("merge", [False, True])
 def test_lora(merge, base, records, folder, capsys):
     output = folder / f"lora_{merge}"
-    more = ["--lora_rank", "4", "--max_steps", "10", "--merge_lora", str(merge)]
+    more = ["--lora_rank", "4", "--max_steps", "6", "--merge_lora", str(merge)]
     metrics = sft.main(flags(base, records, output, *more))
     assert "optimizer=adamw, learning_rate=0.001" in capsys.readouterr().out
     assert (output / "adapter_config.json").is_file() != merge
@@ -110,7 +120,7 @@ def test_lora(merge, base, records, folder, capsys):
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(base, records, folder):
     output = folder / "resumed"
-    more = ["--max_steps", "4", "--save_steps", "2", "--eval_answers", "0"]
+    more = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_answers", "0"]
     expected = sft.main(flags(base, records, output, *more))
     with pytest.raises(ValueError, match="holds checkpoint-4"):
         sft.main(flags(base, records, output, *more))
@@ -123,8 +133,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(base, records, folder):
 def test_padded_rows_with_pretraining_text(base, records, folder):
     output = folder / "mixed"
     more = ["--packing", "false", "--pretraining_fraction", "0.3", "--pretraining_dataset", str(folder / "text.txt")]
-    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--context_length", "400"]
-    metrics = sft.main(flags(base, records, output, *more, *cache, "--num_train_epochs", "2"))
+    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--context_length", "300"]
+    metrics = sft.main(flags(base, records, output, *more, *cache, "--max_steps", "4"))
     assert metrics["eval_loss"] < metrics["before_loss"]
     assert "### Response:" in AutoTokenizer.from_pretrained(output).chat_template
     # Alpaca's headers are plain text, so there are no new tokens
@@ -149,22 +159,12 @@ def test_impossible_flags_are_refused(more, message, base, records, folder):
 def test_without_a_dataset_it_answers_questions_about_the_tales(folder, monkeypatch):
     """All flags but the sizes are the defaults. The base model is cached."""
     monkeypatch.chdir(folder)
-    small = ["--max_examples", "60", "--max_steps", "2", "--context_length", "64"]
+    small = ["--max_examples", "60", "--max_steps", "2", "--context_length", "32", "--eval_strategy", "no"]
     monkeypatch.setattr("hf_minigpt.instructions.model.EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr(sft, "EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr("hf_minigpt.instructions.records.NUM_HELD_OUT_TALE_RECORDS", 16)
-    more = [
-        "--cache_dir",
-        str(folder / "cache"),
-        "--context_length",
-        "256",
-        "--max_examples",
-        "40",
-        "--max_steps",
-        "2",
-        "--eval_answers",
-        "8",
-    ]
+    more = ["--cache_dir", str(folder / "cache")]
+    more += shlex.split("--context_length 256 --max_examples 40 --max_steps 2 --eval_answers 8")
     metrics = sft.main([*QUICK, *more])
     assert (folder / "runs/sft/model.safetensors").is_file()
     assert len([name for name in metrics if name.startswith("eval_exact_match/")]) == 8
