@@ -32,9 +32,9 @@ from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.atomic import follow_umask
-from hf_minigpt.instructions.answers import Answer, answer_metrics, generate_answers
+from hf_minigpt.instructions.answers import Answer, answer_metrics, chat_command, generate_answers
 from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
-from hf_minigpt.instructions.data import InstructionData, load_conversations, tokenize_splits, training_rows
+from hf_minigpt.instructions.data import load_conversations, tokenize_splits, training_rows
 from hf_minigpt.instructions.model import (
     EMBEDDED_BASE_FLAGS,
     describe_settings,
@@ -72,13 +72,6 @@ def embedded_base(sft_args: InstructionArguments, args: SFTArguments) -> str:
         # safetensors makes weights readable only by their owner, but several users may share a cache
         follow_umask(folder)
     return str(folder)
-
-
-def chat_command(output_dir: str, data: InstructionData) -> str:
-    """Return the command that asks the model the first held-out question of one line."""
-    questions = [c.prompt[0]["content"] for c in data.held_out.conversations if len(c.prompt) == 1]
-    one_line = [f" --greedy --prompt {shlex.quote(question)}" for question in questions if "\n" not in question]
-    return f"python recipes/chat.py {output_dir}{one_line[0] if one_line else ''}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -180,9 +173,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             plot_losses(trainer.state.log_history, path, title=Path(args.output_dir).name)
             plot = path.name
         save_results()
-        print_summary(
-            format_figures(metrics), args.output_dir, ["README.md", "loss.png"], [chat_command(args.output_dir, data)]
-        )
+        next_commands = [chat_command(args.output_dir, held_out)]
+        print_summary(format_figures(metrics), args.output_dir, ["README.md", "loss.png"], next_commands)
     with optional("pushing to the Hub"):
         push_run(args)
     end_training(trainer.accelerator, trainer)

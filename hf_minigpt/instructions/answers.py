@@ -1,5 +1,6 @@
 """Generate answers to held-out prompts and compare them with the expected ones."""
 
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,3 +103,13 @@ def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
         for category, group in sorted(by_category.items()):
             metrics[f"exact_match/{category}"] = sum(answer.is_exact for answer in group) / len(group)
     return metrics
+
+
+def chat_command(output_dir: str, conversations: Sequence[Conversation]) -> str:
+    """Return the command that asks the model the first single-turn question that fits on one line."""
+    command = f"python recipes/chat.py {shlex.quote(output_dir)}"
+    for conversation in conversations:
+        question = conversation.prompt[0]["content"]
+        if len(conversation.prompt) == 1 and "\n" not in question:
+            return f"{command} --greedy --prompt {shlex.quote(question)}"
+    return command

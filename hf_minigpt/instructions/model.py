@@ -83,7 +83,8 @@ def _load_pickled_arguments(path: Path) -> dict[str, Any] | None:
         with safe_globals(known):
             return dict(vars(torch.load(path, weights_only=True)))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        # torch's message goes on with advice that does not apply
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
         warnings.warn(
             f"{path} cannot be read ({reason:.200}), and there is no {SETTINGS_FILE}. The settings of that run are "
             "unknown, so AdamW at 5e-5 is used. Set --optimizer and --learning_rate to use others.",

@@ -61,8 +61,8 @@ def test_training_contains_no_held_out_combination():
 
     def asked(record, turns):
         """The combinations of a record's questions, read from its text: the people in the tale, and the answer."""
-        told = record["messages"][0]["content"]
-        cast = tuple(dict.fromkeys(re.findall(r"[A-Z][a-z]+ the [a-z]+(?=[ ,])", told)))
+        tale = record["messages"][0]["content"]
+        cast = tuple(dict.fromkeys(re.findall(r"[A-Z][a-z]+ the [a-z]+(?=[ ,])", tale)))
         return {(cast, record["messages"][turn]["content"]) for turn in turns if len(cast) == 2}
 
     trained = set().union(*(asked(record, range(1, len(record["messages"]), 2)) for record in training))
