@@ -1,13 +1,13 @@
 r"""
-Talk with a finetuned model in the terminal; its answers appear as they are written.
+Chat with a finetuned model in the terminal. Answers are printed as they are generated.
 
     python recipes/chat.py runs/sft
     python recipes/chat.py runs/assistant --system "Answer in one sentence." --temperature 0.7 --top_p 0.9
     python recipes/chat.py runs/sft --greedy --prompt "Open a tale of Mira the baker in a mill."
 
-MODEL is a folder or a name on the Hub: any checkpoint whose tokenizer has a chat template, a LoRA adapter too. With
---prompt there is one answer, without colours or questions, for scripts. In a conversation /new forgets what was said,
-/exit or the end of the input leaves. When the context is full the oldest turns are forgotten, and you are told.
+MODEL is a folder or a Hub name of any checkpoint whose tokenizer has a chat template, LoRA adapters included. With
+--prompt, only one answer is printed, for use in scripts. In a conversation, /new starts over, and /exit or the end of
+the input leaves. When the context is full, the oldest messages are dropped with a notice.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from hf_minigpt.training.safeguards import allow_any_output
 Messages = list[dict[str, str]]
 
 
-class Stream(TextStreamer):
-    """Prints an answer as it is written, and keeps it."""
+class AnswerStreamer(TextStreamer):
+    """Print an answer as it is generated, and keep its text."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -39,11 +39,11 @@ class Stream(TextStreamer):
         print(text, end="\n" if stream_end else "", flush=True)
 
 
-def fit(tokenizer, messages: Messages, room: int) -> tuple[Messages, list[int], int]:
-    """Leave out the oldest turns, the system's message apart, until the prompt has at most `room` tokens.
+def drop_oldest_messages(tokenizer, messages: Messages, max_tokens: int) -> tuple[Messages, list[int], int]:
+    """Drop the oldest messages, except the system message, until the prompt has at most `max_tokens` tokens.
 
     Returns:
-        The messages that stay, their ids with the generation prompt, and how many messages were left out.
+        The remaining messages, their ids with the generation prompt, and the number of dropped messages.
 
     Raises:
         ValueError: the last question alone is too long.
@@ -53,71 +53,76 @@ def fit(tokenizer, messages: Messages, room: int) -> tuple[Messages, list[int], 
     for first in range(0, len(turns), 2):
         kept = system + turns[first:]
         ids = tokenizer.apply_chat_template(kept, add_generation_prompt=True)["input_ids"]
-        if len(ids) <= room:
+        if len(ids) <= max_tokens:
             return kept, ids, first
-    raise ValueError(f"the message takes {len(ids)} tokens, and the model has room for {room}: make it shorter.")
+    raise ValueError(f"the message has {len(ids)} tokens, and the context has room for {max_tokens}. Shorten it.")
 
 
 def main(argv: Sequence[str] | None = None) -> Messages:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("--prompt", help="say this, print the answer, and leave")
-    parser.add_argument("--system", help="what the model is told before the conversation")
+    parser.add_argument("--prompt", help="print the answer to this prompt and exit")
+    parser.add_argument("--system", help="system message at the start of the conversation")
     parser.add_argument(
         "--max_new_tokens", type=number(int, least=1), help="longest answer; default: 128, at most half the context"
     )
     parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.7, help="below 1 safer, above 1 wilder"
+        "--temperature", type=number(float, least=0), default=0.7, help="lower: more predictable; default: 0.7"
     )
     parser.add_argument(
-        "--top_k", type=number(int, least=0), default=0, help="draw from the k likeliest tokens; 0: from all"
+        "--top_k", type=number(int, least=0), default=0, help="sample from the k most likely tokens; 0: from all"
     )
     parser.add_argument(
         "--top_p",
         type=number(float, above=0, most=1),
         default=1.0,
-        help="draw from the likeliest tokens that sum up to p",
+        help="sample from the most likely tokens whose probabilities sum to p",
     )
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="for the same answers again")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="makes sampled answers repeatable")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
     if not args.greedy and args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0; for the likeliest answer use --greedy.")
+        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the most likely answer.")
 
     use_all_cores()
     if args.seed is not None:
         set_seed(args.seed)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     if tokenizer.chat_template is None:
-        parser.error(f"{args.model} has no chat template: finetune it first (recipes/sft.py), or use generate.py.")
+        parser.error(f"{args.model} has no chat template. Finetune it with recipes/sft.py, or use generate.py.")
     model = load_causal_lm(args.model, trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     context = model.config.max_position_embeddings
     max_new_tokens = args.max_new_tokens or min(128, context // 2)
     if max_new_tokens >= context:
-        parser.error(f"--max_new_tokens {max_new_tokens} leaves no room in the context of {context} tokens.")
-    ends = model.generation_config.eos_token_id
-    ends = set([ends] if isinstance(ends, int) else ends or []) | {tokenizer.eos_token_id}
+        parser.error(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {context} tokens. Set "
+            f"it below {context}."
+        )
+    end_ids = model.generation_config.eos_token_id
+    end_ids = set([end_ids] if isinstance(end_ids, int) else end_ids or []) | {tokenizer.eos_token_id}
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     config = GenerationConfig(
         do_sample=not args.greedy,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(end_ids),
         pad_token_id=tokenizer.pad_token_id,
         **({} if args.greedy else sampling),
     )
 
     def answer(messages: Messages) -> Messages:
-        # the last token written is not read again
-        messages, ids, num_forgotten = fit(tokenizer, messages, context + 1 - max_new_tokens)
-        if num_forgotten:
-            print(f"(The context is full: the oldest {num_forgotten} messages are forgotten.)", file=sys.stderr)
-        stream = Stream(tokenizer)
+        # + 1: the last token is generated but not fed back
+        messages, ids, num_dropped = drop_oldest_messages(tokenizer, messages, context + 1 - max_new_tokens)
+        if num_dropped:
+            print(f"(The context is full: the oldest {num_dropped} messages were dropped.)", file=sys.stderr)
+        streamer = AnswerStreamer(tokenizer)
         input_ids = torch.tensor([ids], device=model.device)
-        model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=stream)
-        return [*messages, {"role": "assistant", "content": stream.text}]
+        model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
+        )
+        return [*messages, {"role": "assistant", "content": streamer.text}]
 
     start: Messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.prompt is not None:
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Messages:
         except ValueError as error:
             parser.error(str(error))
     messages = start
-    print("/new forgets what was said, /exit leaves.")
+    print("/new starts over, /exit leaves.")
     while True:
         try:
             text = input("> ").strip()
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Messages:
             except ValueError as error:
                 print(f"({error})", file=sys.stderr)
             except KeyboardInterrupt:
-                # what was said so far is not kept
+                # an interrupted answer is not kept
                 print()
 
 

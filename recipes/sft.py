@@ -1,23 +1,23 @@
 r"""
-Finetune a base model on instructions. Without arguments: a small base model is pretrained on the embedded tales, then
-taught to answer questions about them, on a laptop's CPU, without network, in about five minutes.
+Finetune a base model on instructions. Without arguments, a small base model is pretrained on the embedded tales and
+finetuned to answer questions about them: about five minutes on a laptop's CPU, without network.
 
     accelerate launch recipes/sft.py
 
-On your own records (instruction, input and output; prompt and completion; or messages with roles; a file or folder of
-.json, .jsonl, .csv, .parquet, or a name on the Hub), from your own base model; first look at what is trained:
+On your own records, from your own base model. The records are a file or folder of .json, .jsonl, .csv or .parquet, or
+a dataset on the Hub, with instruction, input and output; prompt and completion; or messages with roles.
 
     accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --num_train_epochs 3 \
         --show_examples 3 --output_dir runs/assistant
     accelerate launch recipes/sft.py --config recipes/configs/sft_alpaca.yaml --model runs/books
 
-An adapter instead of a whole model; a tenth of the rows pretraining text, against forgetting:
+With LoRA adapters, or with a tenth of the rows pretraining text against forgetting:
 
     accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --lora_rank 16
     accelerate launch recipes/sft.py --model runs/books --dataset instructions.json --pretraining_fraction 0.1 \
-        --pretraining_dataset ../shared/data/books
+        --pretraining_dataset books/
 
-Interrupted: the same command with `--resume_from_checkpoint auto`. Then talk to it:
+To resume an interrupted run, repeat the command with `--resume_from_checkpoint auto`. To chat with the model:
 
     python recipes/chat.py runs/sft
 """
@@ -31,47 +31,45 @@ from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.atomic import follow_umask
-from hf_minigpt.instructions.data import InstructionCollator, colored
-from hf_minigpt.instructions.report import format_figures, save_sft_card, sft_report
-from hf_minigpt.instructions.trainer import (
+from hf_minigpt.instructions.answers import Answer, answer_metrics, chat_command, generate_answers
+from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
+from hf_minigpt.instructions.data import load_conversations, tokenize_splits, training_rows
+from hf_minigpt.instructions.model import (
     EMBEDDED_BASE_FLAGS,
-    Answer,
-    InstructionArguments,
-    InstructionTrainer,
-    SFTArguments,
-    answer_all,
-    answer_metrics,
+    describe_settings,
     embedded_base_folder,
     inherited_settings,
-    open_conversations,
     prepare_for_chat,
-    tokenize_splits,
-    training_rows,
 )
+from hf_minigpt.instructions.report import format_figures, save_sft_card, sft_report
+from hf_minigpt.instructions.rows import InstructionCollator, highlight_loss_tokens
+from hf_minigpt.instructions.trainer import InstructionTrainer
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.recipes import pretrain
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
+from hf_minigpt.training.console import print_header, print_summary
 from hf_minigpt.training.loading import check_base_exists, load_base_model
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.processes import check_writable, end_training, use_all_cores
-from hf_minigpt.training.safeguards import optional, written
+from hf_minigpt.training.safeguards import optional
 
 
+# Held-out prompts on the model card, answered before and after training
 NUM_SAMPLES = 4
 
 
 def embedded_base(sft_args: InstructionArguments, args: SFTArguments) -> str:
-    """The base model of a run without --model, pretrained now or found in the cache."""
+    """Return the folder of the base model of a run without --model; pretrain it if it is not in the cache."""
     folder = embedded_base_folder(sft_args.cache_dir)
     if not (folder / "all_results.json").is_file():
         flags = ["--output_dir", str(folder), "--cache_dir", sft_args.cache_dir, "--resume_from_checkpoint", "auto"]
         threads = [] if args.cpu_threads is None else ["--cpu_threads", str(args.cpu_threads)]
         pretrain.main([*EMBEDDED_BASE_FLAGS, *flags, *threads, "--disable_tqdm", str(args.disable_tqdm)])
-        # safetensors writes weights that only their owner can read, and a cache may be shared
+        # safetensors makes weights readable only by their owner, but several users may share a cache
         follow_umask(folder)
     return str(folder)
 
@@ -82,21 +80,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     sft_args, args, lora_args = parse(argument_types, argv, description=__doc__)
     use_all_cores(args.cpu_threads)
 
-    # Whatever can be wrong is found before anything takes long.
+    # Find errors before anything slow starts.
     check_writable(args.output_dir)
     check_resume(args.resume_from_checkpoint, args.output_dir)
     check_base_exists(sft_args.model, sft_args.tokenizer, sft_args.trust_remote_code)
-    conversations = open_conversations(sft_args)
+    conversations = load_conversations(sft_args)
     prepare_push(args)
 
-    # The base model, and what it hands down; flags win
+    # Base model. The settings of the run that trained it are the defaults of this run's flags.
     base = sft_args.model or embedded_base(sft_args, args)
     inherited = inherited_settings(base, sft_args.learning_rate_factor, adapter=lora_args.lora_rank > 0)
+    # prepare_push has completed the name
     hub_model_id = args.hub_model_id
     sft_args, args, lora_args = parse(argument_types, argv, description=__doc__, defaults=inherited)
     args.hub_model_id = hub_model_id
-    options = {"trust_remote_code": sft_args.trust_remote_code, "attn_implementation": sft_args.attn_implementation}
-    model, tokenizer = load_base_model(MiniGPTForCausalLM, base, tokenizer=sft_args.tokenizer, **options)
+    model, tokenizer = load_base_model(
+        MiniGPTForCausalLM,
+        base,
+        tokenizer=sft_args.tokenizer,
+        trust_remote_code=sft_args.trust_remote_code,
+        attn_implementation=sft_args.attn_implementation,
+    )
     set_seed(args.seed)
     new_ids = prepare_for_chat(model, tokenizer, sft_args.chat_format)
 
@@ -114,32 +118,40 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
     )
-    say = trainer.accelerator.print
-    settings = ", ".join(f"{name}={value}" for name, value in inherited.items())
-    say(
-        f"Inherited from {base}: context_length={data.max_length}, its tokenizer ({len(tokenizer)} tokens), {settings}"
+    print_header(
+        f"Instruction finetuning in {args.output_dir}",
+        {
+            "model": f"{base}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary",
+            "data": data.describe(),
+            "rows": f"{len(train_rows):,}, context_length={data.max_length}, packing={sft_args.packing}",
+            "optimizer": describe_settings({name: getattr(args, name) for name in inherited}),
+            "device": args.describe_hardware(),
+        },
     )
-    say(f"{data.describe()}\n{args.describe_hardware()}")
     for index in range(min(sft_args.show_examples, len(data.training))):
-        say(colored(tokenizer, data.training, index), end="\n\n")
-    samples = data.held_out.conversations[:NUM_SAMPLES]
-    on_main = trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    before: list[Answer] = []
-    if on_main:
+        trainer.accelerator.print(highlight_loss_tokens(tokenizer, data.training, index), end="\n\n")
+    is_main = trainer.is_world_process_zero()
+    # a sharded model cannot generate in one process
+    generates = is_main and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    held_out = data.held_out.conversations
+    answers_before: list[Answer] = []
+    if generates:
         with optional("answering before the training"):
-            before = answer_all(model, tokenizer, samples, max_new_tokens=sft_args.max_new_tokens)
+            answers_before = generate_answers(
+                model, tokenizer, held_out[:NUM_SAMPLES], max_new_tokens=sft_args.max_new_tokens
+            )
     metrics = trainer.evaluate(metric_key_prefix="before")
     metrics |= train_safely(trainer, allow_changed_run=args.allow_changed_run).metrics
     metrics |= trainer.evaluate()
 
-    # Results: first what cannot be had again
+    # Results. The model is saved first: everything else can be computed again.
     if lora_args.merge_lora:
         trainer.model = trainer.model.merge_and_unload()
     model.config.use_cache = True
-    # called so, it leaves pushing to the end
+    # _internal_call: do not push yet
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    if trainer.is_world_process_zero():
+    if is_main:
         command = f"accelerate launch recipes/sft.py {shlex.join(argv)}".strip()
         answers: list[Answer] = []
         plot = None
@@ -148,25 +160,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             trainer.save_metrics("sft", metrics)
             with optional("writing the model card"):
                 report = sft_report(sft_args, args, lora_args, model, tokenizer, data, metrics, command, plot)
-                save_sft_card(report, metrics, before, answers[:NUM_SAMPLES], args.output_dir)
+                save_sft_card(report, metrics, answers_before, answers[:NUM_SAMPLES], args.output_dir)
 
         save_results()
-        if on_main and sft_args.eval_answers > 0:
+        if generates and sft_args.eval_answers > 0:
             with optional("answering after the training"):
-                asked = data.held_out.conversations[: sft_args.eval_answers]
-                answers = answer_all(trainer.model, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
+                asked = held_out[: sft_args.eval_answers]
+                answers = generate_answers(trainer.model, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
                 metrics |= {f"eval_{name}": value for name, value in answer_metrics(answers).items()}
         with optional("drawing loss.png"):
             path = Path(args.output_dir, "loss.png")
             plot_losses(trainer.state.log_history, path, title=Path(args.output_dir).name)
             plot = path.name
         save_results()
-        print("\n".join(f"{name:40} {value}" for name, value in format_figures(metrics).items()))
-        files = written(args.output_dir, "README.md", "loss.png")
-        print(f"\n{args.output_dir} holds the model, its tokenizer and template{files}. Next:")
-        prompts = [c.prompt[0]["content"] for c in data.held_out.conversations if len(c.prompt) == 1]
-        short = [f" --greedy --prompt {shlex.quote(prompt)}" for prompt in prompts if "\n" not in prompt]
-        print(f"  python recipes/chat.py {args.output_dir}{short[0] if short else ''}")
+        next_commands = [chat_command(args.output_dir, held_out)]
+        print_summary(format_figures(metrics), args.output_dir, ["README.md", "loss.png"], next_commands)
     with optional("pushing to the Hub"):
         push_run(args)
     end_training(trainer.accelerator, trainer)

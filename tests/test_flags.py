@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
 from hf_minigpt.flags import Needs, OneOf, Range, Unique, check_flags, conditions, number
-from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
+from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
 from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
 from hf_minigpt.pretraining.ladder import LadderArguments
 from hf_minigpt.training.arguments import DataArguments, ModelArguments

@@ -14,7 +14,7 @@ from hf_minigpt.data.corpora import Documents, stream_documents
 from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.data.streaming import StreamedRows
 from hf_minigpt.data.token_store import prepare_corpus
-from hf_minigpt.instructions.trainer import prepare_for_chat
+from hf_minigpt.instructions.model import prepare_for_chat
 from hf_minigpt.pretraining.data import given_tokenizer
 from hf_minigpt.tokenization import (
     END_OF_TEXT,

@@ -9,8 +9,7 @@ import pytest
 from datasets import Dataset
 
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
-from hf_minigpt.instructions.trainer import InstructionArguments, SFTArguments
-from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
+from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.arguments import DataArguments, ModelArguments
 from hf_minigpt.training.lora import LoraArguments

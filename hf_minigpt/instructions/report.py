@@ -17,7 +17,9 @@ from ..training.report import (
     save_card,
     training_report,
 )
-from .trainer import Answer, InstructionArguments, InstructionData, SFTArguments
+from .answers import Answer
+from .arguments import InstructionArguments, SFTArguments
+from .data import InstructionData
 
 
 METRICS = {

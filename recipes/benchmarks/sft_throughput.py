@@ -32,14 +32,8 @@ from transformers import (
 )
 
 from hf_minigpt import preset
-from hf_minigpt.instructions.data import (
-    InstructionCollator,
-    PackedRows,
-    load_records,
-    tale_conversations,
-    to_conversations,
-    tokenize_conversations,
-)
+from hf_minigpt.instructions.records import load_records, tale_conversations, to_conversations
+from hf_minigpt.instructions.rows import InstructionCollator, PackedRows, tokenize_conversations
 from hf_minigpt.tokenization import add_chat_template, padded_vocab_size, train_tokenizer
 from hf_minigpt.training.processes import use_all_cores
 
@@ -136,7 +130,7 @@ def main() -> None:
     padded = []
     for i in range(len(data)):
         span = slice(data.offsets[i], data.offsets[i + 1])
-        tokens, trained = torch.from_numpy(data.tokens[span]).long(), torch.from_numpy(data.trained[span])
+        tokens, trained = torch.from_numpy(data.tokens[span]).long(), torch.from_numpy(data.loss_mask[span])
         padded.append({"input_ids": tokens.tolist(), "labels": tokens.where(trained, -100).tolist()})
     config = preset(
         "minigpt-small",

@@ -19,7 +19,7 @@ from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.data import files
 from hf_minigpt.data.corpora import load_documents, stream_documents
 from hf_minigpt.data.files import find_files, read_rows
-from hf_minigpt.instructions.data import load_records, to_conversations
+from hf_minigpt.instructions.records import load_records, to_conversations
 
 
 def lines(*rows, **options) -> bytes:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.adapters import load_causal_lm, merged
 from hf_minigpt.deploy import conversion
-from hf_minigpt.instructions.trainer import prepare_for_chat
+from hf_minigpt.instructions.model import prepare_for_chat
 from hf_minigpt.recipes import chat, demo, export, perplexity
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.loading import load_base_model

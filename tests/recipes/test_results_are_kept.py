@@ -39,7 +39,7 @@ STEPS = {
         PUSH,
     ],
     sft: [
-        ("answer_all", "Answering after the training"),
+        ("generate_answers", "Answering after the training"),
         ("plot_losses", "Drawing loss.png"),
         ("save_sft_card", CARD),
         PUSH,

@@ -1,8 +1,9 @@
-"""The finetuning recipe from flag to files, on a base model that a test makes."""
+"""recipes/sft.py from flags to files, on a small base model."""
 
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import chat
@@ -13,13 +14,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt.adapters import load_causal_lm
-from hf_minigpt.instructions.data import load_records, to_conversations
 from hf_minigpt.recipes import pretrain
 from hf_minigpt.tokenization import check_tokenizer_fits
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("sft_*.yaml"))
-QUICK = shlex.split("--disable_tqdm true --cpu_threads 1 --max_new_tokens 12")
+QUICK = shlex.split("--disable_tqdm true --cpu_threads 1 --max_new_tokens 12 --eval_strategy no --save_strategy no")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,9 @@ def base(folder):
     text = folder / "text.txt"
     lines = [f"Say {word} twice. {word} {word}, and {word} once more." for word in ("red", "blue", "green")]
     text.write_text("\n\n".join(lines * 40))
-    flags = "--context_length 48 --vocab_size 320 --per_device_train_batch_size 4 --max_steps 20 --disable_tqdm true"
-    flags += " --cpu_threads 1 --config_overrides hidden_size=32 num_attention_heads=2 num_hidden_layers=2"
+    flags = "--context_length 48 --vocab_size 320 --per_device_train_batch_size 4 --max_steps 20 --cpu_threads 1"
+    flags += " --disable_tqdm true --eval_strategy no --save_strategy no --config_overrides hidden_size=32"
+    flags += " num_attention_heads=2 num_hidden_layers=2"
     output = folder / "base"
     paths = ["--dataset", str(text), "--output_dir", str(output), "--cache_dir", str(folder / "cache")]
     pretrain.main([*shlex.split(flags), *paths])
@@ -57,9 +58,18 @@ def flags(base, records, output, *more):
     return ["--model", str(base), "--dataset", str(records), "--output_dir", str(output), *QUICK, *more]
 
 
-def test_an_assistant_that_answers_and_stops(base, records, folder, capsys):
+def test_a_finetuned_model_answers_and_stops(base, records, folder, capsys):
     output = folder / "assistant"
-    more = ["--num_train_epochs", "40", "--learning_rate_factor", "1", "--show_examples", "1"]
+    more = [
+        "--num_train_epochs",
+        "25",
+        "--eval_strategy",
+        "steps",
+        "--learning_rate_factor",
+        "1",
+        "--show_examples",
+        "1",
+    ]
     metrics = sft.main(flags(base, records, output, *more))
     out = capsys.readouterr().out
     assert "62 records, 2 left out (1 duplicate, 1 empty)" in out
@@ -74,12 +84,12 @@ def test_an_assistant_that_answers_and_stops(base, records, folder, capsys):
     check_tokenizer_fits(tokenizer, model.config)
     assert model.config.use_cache and not model.generation_config.do_sample
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    # by itself: no length is given
+    # the answer ends by itself: no length limit is given
     turns = pipeline("text-generation", model=str(output))([{"role": "user", "content": "Say red 1."}])
     answer = turns[0]["generated_text"][-1]["content"]
     assert len(answer) < 20
     # the command that the recipe prints
-    command = shlex.split(out.strip().splitlines()[-1])
+    command = shlex.split(next(line for line in out.splitlines() if "recipes/chat.py" in line))
     assert command[:2] == ["python", "recipes/chat.py"]
     assert chat.main([*command[2:], "--max_new_tokens", "8"])[-1]["role"] == "assistant"
 
@@ -92,16 +102,14 @@ def test_an_assistant_that_answers_and_stops(base, records, folder, capsys):
 @pytest.mark.parametrize("merge", [False, True])
 def test_lora(merge, base, records, folder, capsys):
     output = folder / f"lora_{merge}"
-    more = ["--lora_rank", "4", "--max_steps", "10", "--merge_lora", str(merge)]
+    more = ["--lora_rank", "4", "--max_steps", "6", "--merge_lora", str(merge)]
     metrics = sft.main(flags(base, records, output, *more))
     assert "optimizer=adamw, learning_rate=0.001" in capsys.readouterr().out
     assert (output / "adapter_config.json").is_file() != merge
     assert (output / "model.safetensors").is_file() == merge
     assert metrics["eval_loss"] < metrics["before_loss"]
-    said = chat.main([str(output), "--greedy", "--prompt", "Say red 1.", "--max_new_tokens", "8"])
-    # what was evaluated is what is talked to
-    conversations, _ = to_conversations(load_records(str(records)))
-    assert conversations and said[-1]["role"] == "assistant"
+    messages = chat.main([str(output), "--greedy", "--prompt", "Say red 1.", "--max_new_tokens", "8"])
+    assert messages[-1]["role"] == "assistant"
     model = load_causal_lm(str(output))
     weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
     changed = [
@@ -110,28 +118,26 @@ def test_lora(merge, base, records, folder, capsys):
     assert any("q_proj" in name for name in changed) and not any("norm" in name for name in changed)
 
 
-def test_a_stopped_run_is_resumed_to_the_same_end(base, records, folder):
-    more = ["--max_steps", "6", "--save_steps", "3"]
-    expected = sft.main(flags(base, records, folder / "whole", *more))
+def test_a_resumed_run_ends_like_an_uninterrupted_one(base, records, folder):
     output = folder / "resumed"
-    sft.main(flags(base, records, output, *more))
-    with pytest.raises(ValueError, match="holds checkpoint-6"):
+    more = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_answers", "0"]
+    expected = sft.main(flags(base, records, output, *more))
+    with pytest.raises(ValueError, match="holds checkpoint-4"):
         sft.main(flags(base, records, output, *more))
-    for path in (output / "checkpoint-6").iterdir():
-        path.unlink()
-    (output / "checkpoint-6").rmdir()
+    # as if the run had stopped after its first checkpoint
+    shutil.rmtree(output / "checkpoint-4")
     found = sft.main(flags(base, records, output, *more, "--resume_from_checkpoint", "auto"))
     assert found["eval_loss"] == expected["eval_loss"]
 
 
-def test_padded_rows_with_text_beside_them(base, records, folder):
+def test_padded_rows_with_pretraining_text(base, records, folder):
     output = folder / "mixed"
     more = ["--packing", "false", "--pretraining_fraction", "0.3", "--pretraining_dataset", str(folder / "text.txt")]
-    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--context_length", "400"]
-    metrics = sft.main(flags(base, records, output, *more, *cache, "--num_train_epochs", "2"))
+    cache = ["--cache_dir", str(folder / "cache"), "--chat_format", "alpaca", "--context_length", "300"]
+    metrics = sft.main(flags(base, records, output, *more, *cache, "--max_steps", "4"))
     assert metrics["eval_loss"] < metrics["before_loss"]
     assert "### Response:" in AutoTokenizer.from_pretrained(output).chat_template
-    # Alpaca's headers are text: no token is new
+    # Alpaca's headers are plain text, so there are no new tokens
     assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 320
 
 
@@ -141,44 +147,34 @@ def test_padded_rows_with_text_beside_them(base, records, folder):
         (["--context_length", "12"], "over-long.*more than max_lost_fraction"),
         (["--max_lost_fraction", "0.01"], "1 duplicate, 1 empty.*more than max_lost_fraction=1%"),
         (["--merge_lora", "true"], "merge_lora=True with lora_rank=0"),
-        (["--validation_fraction", "0"], "leaves nothing to measure by"),
+        (["--validation_fraction", "0"], "leaves the held-out set empty"),
         (["--dataset", "nothing.json"], "no file or folder nothing.json"),
     ],
 )
-def test_what_cannot_be_is_said(more, message, base, records, folder):
+def test_impossible_flags_are_refused(more, message, base, records, folder):
     with pytest.raises(ValueError, match=message):
         sft.main(flags(base, records, folder / "refused", *more))
 
 
-def test_without_arguments_it_is_the_tales(folder, monkeypatch):
-    """Everything but the size of the job is the default's; the base model is made once."""
+def test_without_a_dataset_it_answers_questions_about_the_tales(folder, monkeypatch):
+    """All flags but the sizes are the defaults. The base model is cached."""
     monkeypatch.chdir(folder)
-    small = ["--max_examples", "60", "--max_steps", "2", "--context_length", "64"]
-    monkeypatch.setattr("hf_minigpt.instructions.trainer.EMBEDDED_BASE_FLAGS", tuple(small))
+    small = ["--max_examples", "60", "--max_steps", "2", "--context_length", "32", "--eval_strategy", "no"]
+    monkeypatch.setattr("hf_minigpt.instructions.model.EMBEDDED_BASE_FLAGS", tuple(small))
     monkeypatch.setattr(sft, "EMBEDDED_BASE_FLAGS", tuple(small))
-    monkeypatch.setattr("hf_minigpt.instructions.data.NUM_HELD_OUT_TALE_RECORDS", 16)
-    more = [
-        "--cache_dir",
-        str(folder / "cache"),
-        "--context_length",
-        "256",
-        "--max_examples",
-        "40",
-        "--max_steps",
-        "2",
-        "--eval_answers",
-        "8",
-    ]
+    monkeypatch.setattr("hf_minigpt.instructions.records.NUM_HELD_OUT_TALE_RECORDS", 16)
+    more = ["--cache_dir", str(folder / "cache")]
+    more += shlex.split("--context_length 256 --max_examples 40 --max_steps 2 --eval_answers 8")
     metrics = sft.main([*QUICK, *more])
     assert (folder / "runs/sft/model.safetensors").is_file()
     assert len([name for name in metrics if name.startswith("eval_exact_match/")]) == 8
     monkeypatch.setattr(pretrain, "main", lambda argv: pytest.fail("pretrained again"))
-    again = sft.main([*QUICK, *more, "--output_dir", str(folder / "again")])
-    assert again["eval_loss"] == metrics["eval_loss"]
+    cached = sft.embedded_base(sft.InstructionArguments(cache_dir=str(folder / "cache")), sft.SFTArguments())
+    assert Path(cached, "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config(path, base, records, folder):
+def test_a_config_trains(path, base, records, folder):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert re.search(r"recipes/sft\.py", path.read_text(encoding="utf-8")) and "dataset" in values
     small = ["--max_steps", "2", "--context_length", "400", "--per_device_train_batch_size", "2"]
@@ -187,7 +183,7 @@ def test_config(path, base, records, folder):
     assert metrics["eval_loss"] > 0
 
 
-def test_the_embedded_base_in_the_cache_can_be_read_by_others(tmp_path, monkeypatch):
+def test_other_users_can_read_the_cached_base_model(tmp_path, monkeypatch):
     folder = sft.embedded_base_folder(str(tmp_path))
 
     def pretrain_as_safetensors_writes(flags):
