@@ -1,4 +1,4 @@
-"""What every test runs under: offline, on a CPU, with one thread, from a fixed seed; and how xdist shares the tests."""
+"""What every test runs under: offline, on a CPU, with one thread, from a fixed seed. How xdist shares the tests."""
 
 import os
 
@@ -6,31 +6,32 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-
-def cores() -> list[int]:
-    """The cores that this process may use; on systems that cannot say, their number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-worker, num_workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if worker is not None and hasattr(os, "sched_setaffinity"):
-    # Each worker keeps to its own cores, and so do the programs that its tests start: OpenMP's threads of two
-    # processes that share cores wait for each other in busy loops.
-    own = cores()[int(worker.removeprefix("gw")) :: num_workers]
-    os.sched_setaffinity(0, own or cores())
-
 import pytest
 import torch
 
 import hf_minigpt  # noqa: F401 - registers the model with the Auto classes
 
 
+def available_cores() -> list[int]:
+    """The cores that this process may use; on systems that cannot say, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def pytest_configure(config):
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        # Each worker keeps to its own cores, and so do the programs that its tests start: OpenMP's threads of two
+        # processes that share cores wait for each other in busy loops.
+        own = available_cores()[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or available_cores())
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     # A worker takes 1 to 2 GB.
-    return min(len(cores()), 8)
+    return min(len(available_cores()), 8)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,7 +39,7 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):
-        """Keeps the tests of a file in one worker, and all front doors, which share trained models."""
+        """Keep the tests of a file in one worker, and all front doors, which share trained models."""
 
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
