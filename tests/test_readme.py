@@ -60,9 +60,10 @@ def known_flags(script: str) -> set[str]:
         spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(sys.modules, {spec.name: module}):
-            spec.loader.exec_module(module)
-            module.main()
+        # dataclasses look up their module
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        module.main()
     return set(re.findall(r"(?<![\w-])--\w+", "".join(output)))
 
 

@@ -60,7 +60,7 @@ def gpt2_peer(layers: int, width: int, vocab_size: int, context: int, tied: bool
 
 
 def our_gpt2(layers: int, width: int, vocab_size: int, context: int) -> MiniGPTForCausalLM:
-    """Return the MiniGPT of the same architecture."""
+    """Return the MiniGPT of the same architecture. It computes the loss without logits, as in the recipes."""
     config = preset(
         "gpt2",
         vocab_size=vocab_size,
@@ -68,6 +68,7 @@ def our_gpt2(layers: int, width: int, vocab_size: int, context: int) -> MiniGPTF
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=max(width // 64, 1),
+        skip_logits=True,
         **NO_DROPOUT,
     )
     return MiniGPTForCausalLM(config)

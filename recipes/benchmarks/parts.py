@@ -52,6 +52,7 @@ def train(rounds: int) -> dict[str, float]:
         num_attention_heads=WIDTH // 64,
         vocab_size=VOCAB_SIZE,
         max_position_embeddings=CONTEXT,
+        skip_logits=True,
     )
     model = MiniGPTForCausalLM(config)
     on_gpu, steps = torch.cuda.is_available(), 4

@@ -135,6 +135,7 @@ def main() -> None:
         hidden_size=args.width,
         num_attention_heads=args.width // 64,
         max_position_embeddings=max(length, 1024),
+        skip_logits=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -4,8 +4,9 @@
 
 Each side runs in its own process: it builds the model, notes its resident memory (on a GPU: the allocated memory),
 trains three steps under transformers' Trainer (fused AdamW, fp32 on a CPU, bf16 on a GPU) and reports its peak above
-that, gradients and optimizer state included. 4 layers x 768, 50,257 tokens, 8 rows of 512. `ratios.memory` is their
-peak over ours, from the medians of the rounds.
+that, gradients and optimizer state included. MiniGPT computes the loss without logits (`skip_logits`), as in the
+recipes. 4 layers x 768, 50,257 tokens, 8 rows of 512. `ratios.memory` is their peak over ours, from the medians of the
+rounds.
 """
 
 import argparse

@@ -5,10 +5,10 @@
     python recipes/benchmarks/train_step.py --shapes small_vocab --profile
 
 Both sides run under transformers' Trainer with its default optimizer (fused AdamW), without dropout, in fp32 on a CPU
-and bf16 on a GPU. `large_vocab` is 6 layers x 384, 50,257 tokens, 4 rows of 256; `small_vocab` is 4 layers x 256,
-8,192 tokens, 8 rows of 256. `--compile` passes `--torch_compile` to both sides and does not count the compilation.
-`--profile` also prints the operators' share of a step. `ratios` are our tokens per second over theirs, medians over
-the rounds.
+and bf16 on a GPU. MiniGPT computes the loss without logits (`skip_logits`), as in the recipes. `large_vocab` is 6
+layers x 384, 50,257 tokens, 4 rows of 256; `small_vocab` is 4 layers x 256, 8,192 tokens, 8 rows of 256. `--compile`
+compiles both sides and does not count the compilation. `--profile` also prints the operators' share of a step.
+`ratios` are our tokens per second over theirs, medians over the rounds.
 """
 
 import statistics
