@@ -16,7 +16,6 @@ from ..data.files import (
     Row,
     check_columns,
     declared_class_names,
-    file_format,
     find_files,
     load_hub_dataset,
     read_rows,
@@ -243,8 +242,6 @@ def _open(dataset: str, config_name: str | None) -> dict[str, _Split]:
             name = name or "train"
             splits.setdefault(name, _Split(f"{dataset}, split {name}")).files.append(file)
         return splits
-    if file_format(dataset) in ROW_SUFFIXES:
-        raise ValueError(f"dataset={dataset}: there is no such file. Check the path.")
     loaded = load_hub_dataset(dataset, config_name)
     return {name: _Split(f"{dataset}, split {name}", dataset=rows) for name, rows in loaded.items()}
 

@@ -11,7 +11,7 @@ from ..training.arguments import (
     RATE,
     SEED,
     SHARE,
-    AttentionImplementation,
+    CheckpointArguments,
     DataArguments,
     LanguageModelArguments,
     best_by,
@@ -19,7 +19,7 @@ from ..training.arguments import (
 
 
 @dataclass
-class InstructionArguments:
+class InstructionArguments(CheckpointArguments):
     """The base model, the records, the rows made from them, and the evaluation by generated answers."""
 
     model: str | None = field(
@@ -29,14 +29,6 @@ class InstructionArguments:
             "a small model is pretrained on the embedded tales and cached."
         },
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name. Default: that of --model."})
-    attn_implementation: Annotated[str | None, AttentionImplementation()] = field(
-        default=None, metadata={"help": "Default: sdpa."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with a model or tokenizer on the Hub."}
-    )
-
     dataset: str | None = field(
         default=None,
         metadata={

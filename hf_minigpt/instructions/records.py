@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import ROW_SUFFIXES, check_unicode, file_format, find_files, is_missing, read_rows, short
+from ..data.files import (
+    ROW_SUFFIXES,
+    check_unicode,
+    find_files,
+    is_missing,
+    load_hub_dataset,
+    read_rows,
+    short,
+)
 from ..data.rows import seeded_generator
 
 
@@ -102,14 +109,7 @@ def load_records(dataset: str, config_name: str | None = None, split: str = "tra
     files = find_files(dataset, ROW_SUFFIXES)
     if files is not None:
         return (Record(row.values, row.place) for file in files for row in read_rows(file))
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or file_format(dataset) in ROW_SUFFIXES:
-        raise ValueError(f"no file or folder {dataset}, and it is not a valid name on the Hub (owner/dataset).")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(dataset, config_name, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"no file or folder {dataset}, and no dataset from the Hub: {error}") from error
+    rows = load_hub_dataset(dataset, config_name, split=split)
     return (Record(row, f"{dataset}, row {i}") for i, row in enumerate(rows, start=1))
 
 

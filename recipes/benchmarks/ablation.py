@@ -1,18 +1,17 @@
-"""What each switch of the modern preset is worth: tokens to a fixed held-out loss, with it and without it.
+"""Tokens to a fixed held-out loss with and without each switch of the modern preset.
 
     python recipes/benchmarks/ablation.py --dataset path/to/reviews.parquet
 
 The shape, the corpus and the rows are those of time_to_loss.py. The learning rates stay constant after the warmup, so
-that no schedule favours one side, and the held-out loss is taken every 10 steps; the crossing is interpolated. Each
-line takes one switch back to GPT-2's way. The last line printed is a JSON object: `ratios` are tokens without the
-switch over tokens with it, the medians over the seeds; a run that never got there counts with all its steps.
+that no schedule favours one side. The held-out loss is measured every 10 steps and interpolated. Each line sets one
+switch back to GPT-2's. `ratios` are tokens without the switch over tokens with it, medians over the seeds; a run that
+does not reach the loss counts with all its steps.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 
+from common import make_parser, print_result
 from time_to_loss import LEARNING_RATES, Race, add_arguments, held_out_loss
 from transformers import TrainerCallback, set_seed
 
@@ -22,7 +21,7 @@ from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
-# what is taken back: fields of the configuration, and flags of the recipe
+# the switch set back: fields of the configuration, and flags of the recipe
 WITHOUT: dict[str, tuple[dict, dict]] = {
     "Muon (AdamW at 2e-3 for all)": ({}, {"optimizer": "adamw", "learning_rate": 2e-3}),
     "rotary positions (learned)": ({"position_embedding_type": "learned"}, {}),
@@ -38,7 +37,7 @@ WITHOUT: dict[str, tuple[dict, dict]] = {
 
 
 class StopAt(TrainerCallback):
-    """Stops at a held-out loss; `step` is when it was reached, between two evaluations, else None."""
+    """Stops at a held-out loss; `step` is the interpolated step at which it was reached, or None."""
 
     def __init__(self, race: Race, target: float, num_rows: int):
         self.race, self.target, self.num_rows = race, target, num_rows
@@ -78,7 +77,7 @@ def steps_to(race: Race, seed: int, target: float, fields: dict, flags: dict) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_arguments(parser)
     parser.set_defaults(eval_rows=64)
     parser.add_argument("--target", type=float, default=5.9)
@@ -96,15 +95,17 @@ def main() -> None:
 
     whole, reached = median_steps({}, {})
     if not reached:
-        raise RuntimeError(f"The preset itself did not reach --target {args.target} in {args.max_steps} steps.")
+        raise RuntimeError(
+            f"The preset did not reach --target {args.target} in --max_steps {args.max_steps}. Raise one of them."
+        )
     print(f"{'the preset':42} {whole * tokens_per_step:10,.0f} tokens to {args.target}", flush=True)
     ratios = {}
     for name in args.only:
         steps, reached = median_steps(*WITHOUT[name])
         ratios[name] = steps / whole
-        more = "" if reached else " or more: not reached"
+        more = "" if reached else " or more (not reached)"
         print(f"without {name:34} {steps * tokens_per_step:10,.0f} tokens: {ratios[name]:.2f} x{more}", flush=True)
-    print(json.dumps({"ratios": ratios}))
+    print_result(ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
-"""Kill a training run again and again, and compare what it ends with, bit for bit, with a run that nobody touched.
+"""Kill a training run many times and compare its final weights, bit for bit, with those of an uninterrupted run.
 
-    python recipes/benchmarks/crash_test.py --kills 20 --dataset ../shared/data/books
+    python recipes/benchmarks/crash_test.py --kills 20 --dataset path/to/books
     python recipes/benchmarks/crash_test.py --kills 5 --loop
 
-The first kills recipes/pretrain.py (SIGKILL, which no program can prepare for) at random moments, some of them while
-it starts or writes a checkpoint, and starts it again with `--resume_from_checkpoint auto`; the second does that to
-recipes/pretrain_loop.py. Without `--dataset` the text is the embedded tales. Dropout is on and gradients are
-accumulated; the tales are few enough for an epoch to end in between.
+Sends SIGKILL to recipes/pretrain.py (`--loop`: recipes/pretrain_loop.py) at random moments, some of them during its
+start or a save, and restarts it with `--resume_from_checkpoint auto`. Without `--dataset` the text is the embedded
+tales, few enough for an epoch to end in between. Dropout is on and gradients are accumulated.
 
-Printed: kills; resumes; steps repeated, which had come after the last complete checkpoint; steps lost, by which a
-resume fell short of the last complete checkpoint. The last line is a JSON object; the exit code is 1 if a step was
-lost or a weight differs.
+Prints the kills, the resumes, the steps repeated (those after the last complete checkpoint) and the steps lost (if a
+resume started before the last complete checkpoint). The exit code is 1 if a step was lost or a weight differs.
 """
 
-import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +21,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+
+from common import make_parser, print_result
 
 from hf_minigpt.training.checkpoints import sealing
 from hf_minigpt.training.checkpoints.signals import StopSignals
@@ -45,7 +43,7 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def run_recipe(recipe: ModuleType, flags: list[str], log: Path, reports: int) -> None:
-    """In a process of its own: the recipe, which tells where it resumes and when it has done a step."""
+    """Run the recipe in its own process and report where it resumes and each step that it finishes."""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -66,7 +64,7 @@ def run_recipe(recipe: ModuleType, flags: list[str], log: Path, reports: int) ->
 
 @dataclass
 class Run:
-    """A recipe in one folder, started as often as it takes."""
+    """A recipe in one output folder, started as often as needed."""
 
     recipe: ModuleType
     output_dir: Path
@@ -83,7 +81,7 @@ class Run:
         os.set_blocking(self._reports, False)
         self.log = self.output_dir.parent / f"{self.output_dir.name}.log"
         flags = [*self.flags, "--output_dir", str(self.output_dir), "--resume_from_checkpoint", "auto"]
-        # forked, so that most of a process's life is training and not imports; nothing has used torch here
+        # forked, so that a process trains for most of its life instead of importing; torch has not run here yet
         process = multiprocessing.get_context("fork").Process(
             target=run_recipe, args=(self.recipe, flags, self.log, reports)
         )
@@ -92,7 +90,7 @@ class Run:
         self.process, self.lines = process, []
 
     def poll(self) -> int | None:
-        """Steps done since this start; None before the recipe knows where it resumes."""
+        """Return the steps done since this start; None before the recipe knows where it resumes."""
         while True:
             try:
                 read = os.read(self._reports, 1 << 16)
@@ -108,7 +106,7 @@ class Run:
         return any(not (folder / sealing.MANIFEST).exists() for folder in folders)
 
     def finish(self) -> None:
-        """Take in what the process did before it ended, however it did."""
+        """Wait for the end of the process and count what it did."""
         self.process.join()
         self.poll()
         os.close(self._reports)
@@ -122,14 +120,14 @@ class Run:
             self.reached = max(self.reached, resumed_at + len(self.lines) - 1)
 
     def kill(self, after: str, seconds: float, saves: int = 1) -> bool:
-        """Kill it some seconds after its start, its first step or the start of a save. False if it ended before."""
+        """Kill it some seconds after its start, its first step or the start of a save; False if it ended first."""
         deadline, was_saving = None, False
         while self.process.is_alive():
             is_saving = bool(self.poll()) and self.is_saving()
             saves -= is_saving and not was_saving
             was_saving = is_saving
-            has_come = {"start": True, "step": bool(self.poll()), "save": saves <= 0}[after]
-            if deadline is None and has_come:
+            has_started = {"start": True, "step": bool(self.poll()), "save": saves <= 0}[after]
+            if deadline is None and has_started:
                 deadline = time.monotonic() + seconds
             if deadline is not None and time.monotonic() >= deadline:
                 self.process.kill()
@@ -140,7 +138,7 @@ class Run:
 
 @dataclass
 class Durations:
-    """Seconds, of a run that nobody touches."""
+    """Seconds of an uninterrupted run."""
 
     start: float
     step: float
@@ -166,14 +164,14 @@ def measure(run: Run) -> Durations:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--dataset", help="a file, a folder or a Hub name; without it, embedded tales")
+    parser.add_argument("--dataset", help="as in recipes/pretrain.py; default: the embedded tales")
     parser.add_argument("--loop", action="store_true", help="recipes/pretrain_loop.py instead of recipes/pretrain.py")
     parser.add_argument("--recipe", type=Path, help="another script with main(argv)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save_steps", type=int, default=5)
-    parser.add_argument("--seed", type=int, help="of the moments; default: another each time")
+    parser.add_argument("--seed", type=int, help="of the random moments; default: a new one each time")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe or RECIPES / ("pretrain_loop.py" if args.loop else "pretrain.py"))
     rng = random.Random(args.seed)
@@ -186,11 +184,11 @@ def main() -> None:
         flags += ["--save_steps", str(args.save_steps), "--save_total_limit", "2", "--validation_fraction", "0.02"]
         flags += ["--eval_steps", str(args.steps), "--cpu_threads", "1"]
 
-        untouched = Run(recipe, Path(work, "untouched"), flags)
-        seconds = measure(untouched)
+        uninterrupted = Run(recipe, Path(work, "uninterrupted"), flags)
+        seconds = measure(uninterrupted)
         print(
-            f"untouched: {untouched.reached} steps of {seconds.step:.3f} s, a checkpoint every {args.save_steps}, "
-            f"complete after {seconds.save:.3f} s"
+            f"uninterrupted: {uninterrupted.reached} steps of {seconds.step:.3f} s, a checkpoint every "
+            f"{args.save_steps}, complete after {seconds.save:.3f} s"
         )
         killed = Run(recipe, Path(work, "killed"), flags)
         kills = kills_while_saving = 0
@@ -210,7 +208,7 @@ def main() -> None:
         killed.start()
         killed.finish()
 
-        final = [Path(run.output_dir, "model.safetensors").read_bytes() for run in (untouched, killed)]
+        final = [Path(run.output_dir, "model.safetensors").read_bytes() for run in (uninterrupted, killed)]
         identical = final[0] == final[1]
         result = {
             "kills": kills,
@@ -226,7 +224,7 @@ def main() -> None:
         f"{killed.steps_repeated} steps repeated, {killed.steps_lost} lost; "
         f"final weights {'identical' if identical else 'DIFFER'}"
     )
-    print(json.dumps(result))
+    print_result(**result)
     sys.exit(0 if identical and killed.steps_lost == 0 else 1)
 
 

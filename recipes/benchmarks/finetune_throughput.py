@@ -1,29 +1,29 @@
-"""Reviews per second in finetuning: batches of like length against padding to the longest.
+"""Reviews per second in finetuning: batches of similar length against padding to the longest.
 
     python recipes/benchmarks/finetune_throughput.py
     python recipes/benchmarks/finetune_throughput.py --dataset reviews.parquet --num_reviews 960
 
-Trains three classifiers of GPT-2's architecture and one size on the same reviews, cut at 512 tokens, without dropout,
-with the same fused AdamW:
+Trains three classifiers of GPT-2's architecture and of one size on the same reviews, truncated to 512 tokens, without
+dropout, with the same fused AdamW:
 
-- ours: MiniGPTForSequenceClassification under ClassificationTrainer, batches under a budget of tokens;
+- ours: MiniGPTForSequenceClassification under ClassificationTrainer, batches limited in tokens;
 - theirs: transformers' GPT2ForSequenceClassification under its Trainer, random batches of 16 padded to the longest;
 - grouped: the same with the Trainer's own `group_by_length`.
 
-The budget is such that our batches hold 16 reviews on average too: the runs take equally many steps, up to one or two.
-Without a dataset the reviews are random ids, their lengths distributed like IMDb's. The three are interleaved, and the
-median of the rounds counts. The last line printed is a JSON object.
+The limit is chosen so that our batches also hold 16 reviews on average; the number of steps differs by one or two at
+most. Without a dataset the reviews are random ids with the lengths of IMDb's. The sides take turns; figures are
+medians over the rounds.
 """
 
-import argparse
 import copy
-import json
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from common import NO_DROPOUT, make_parser, print_result, quiet_arguments, take_turns, timed
 from transformers import (
     DataCollatorWithPadding,
     GPT2Config,
@@ -44,12 +44,12 @@ from hf_minigpt.training.processes import use_all_cores
 
 REVIEWS_PER_BATCH = 16
 MAX_LENGTH = 512
-# of IMDb's reviews: the median and the mean in GPT-2's tokens, roughly
+# lengths of IMDb's reviews in GPT-2's tokens, roughly
 MEDIAN_LENGTH, MEAN_LENGTH = 225, 300
 
 
 class RandomReviews(ReviewRows):
-    """Random ids, with lengths like IMDb's (log-normal)."""
+    """Random ids with log-normal lengths like IMDb's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_reviews: int, vocab_size: int):
         super().__init__([], [], tokenizer, MAX_LENGTH, training=True)
@@ -62,21 +62,13 @@ class RandomReviews(ReviewRows):
         self.lengths = sizes + 2
 
 
-def seconds_of(trainer: Trainer) -> float:
-    begin = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, threads=True)
     parser.add_argument("--dataset", help="labelled reviews; default: random ids of IMDb's lengths")
     parser.add_argument("--num_reviews", type=int, default=480)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: all cores")
     args = parser.parse_args()
     use_all_cores(args.threads)
 
@@ -91,20 +83,13 @@ def main() -> None:
     mean_length = (-(-rows.lengths // LENGTH_STEP) * LENGTH_STEP).mean()
     sizes = {"n_layer": args.layers, "n_embd": args.width, "n_head": args.width // 64 or 1, "n_positions": MAX_LENGTH}
     sizes |= {"vocab_size": args.vocab_size, "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
-    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "output_dir": folder,
+        common = quiet_arguments(folder) | {
             "num_train_epochs": 1,
             "learning_rate": 1e-4,
-            "save_strategy": "no",
             "eval_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "report_to": "none",
             "remove_unused_columns": False,
-            "use_cpu": not torch.cuda.is_available(),
         }
 
         def ours() -> Trainer:
@@ -116,7 +101,7 @@ def main() -> None:
                 early_stopping_patience=None,
                 include_num_input_tokens_seen="no",
             )
-            model = MiniGPTForSequenceClassification(preset("gpt2", **sizes, **no_dropout))
+            model = MiniGPTForSequenceClassification(preset("gpt2", **sizes, **NO_DROPOUT))
             return ClassificationTrainer(
                 model=model,
                 args=training_args,
@@ -130,30 +115,31 @@ def main() -> None:
                 **common, per_device_train_batch_size=REVIEWS_PER_BATCH, train_sampling_strategy=strategy
             )
             return Trainer(
-                model=GPT2ForSequenceClassification(GPT2Config(**sizes, **no_dropout)),
+                model=GPT2ForSequenceClassification(GPT2Config(**sizes, **NO_DROPOUT)),
                 args=training_args,
                 train_dataset=rows,
                 data_collator=DataCollatorWithPadding(tokenizer),
                 processing_class=tokenizer,
             )
 
-        sides = {"ours": ours, "theirs": theirs, "grouped": lambda: theirs("group_by_length")}
-        sizes_in_words = {name: sum(p.numel() for p in make().model.parameters()) for name, make in sides.items()}
-        assert len(set(sizes_in_words.values())) == 1, sizes_in_words
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        sides: dict[str, Callable[[], Trainer]] = {
+            "ours": ours,
+            "theirs": theirs,
+            "grouped": partial(theirs, "group_by_length"),
+        }
+        num_parameters = {name: sum(p.numel() for p in make().model.parameters()) for name, make in sides.items()}
+        assert len(set(num_parameters.values())) == 1, num_parameters
         for make in sides.values():
             # the first steps of a process are slow
             trainer = make()
             trainer.args = copy.copy(trainer.args)
             trainer.args.max_steps = 2
             trainer.train()
-        for round_number in range(args.rounds):
-            for name, make in sides.items():
-                seconds[name].append(seconds_of(make()))
-                print(f"round {round_number + 1}, {name}: {len(rows) / seconds[name][-1]:.1f} reviews a second")
+        runs = {name: lambda make=make: timed(make().train) for name, make in sides.items()}
+        seconds = take_turns(runs, args.rounds)
     rates = {name: len(rows) / statistics.median(times) for name, times in seconds.items()}
     print(
-        f"{sizes_in_words['ours']:,} parameters, {len(rows)} reviews of {rows.lengths.mean():.0f} tokens on average, "
+        f"{num_parameters['ours']:,} parameters, {len(rows)} reviews of {rows.lengths.mean():.0f} tokens on average, "
         f"{torch.get_num_threads()} threads; reviews a second: "
         + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
     )
@@ -161,7 +147,7 @@ def main() -> None:
         "examples": rates["ours"] / rates["theirs"],
         "examples_vs_grouped": rates["ours"] / rates["grouped"],
     }
-    print(json.dumps({"reviews_per_second": rates, "ratios": ratios}))
+    print_result(reviews_per_second=rates, ratios=ratios)
 
 
 if __name__ == "__main__":

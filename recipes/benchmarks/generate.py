@@ -1,23 +1,20 @@
-"""How fast text is written: ours against `GPT2LMHeadModel.generate` with the same weights, and against the memory.
+"""Speed of generation: MiniGPT against `GPT2LMHeadModel.generate` with the same weights, and against the memory.
 
     python recipes/benchmarks/generate.py                           # all shapes, some minutes on two cores
     python recipes/benchmarks/generate.py --shapes nano --rounds 9
 
-Both write 64 tokens greedily after a prompt of 16 and have to write the same text. They take turns, and the median
-turn counts. Ours is `generate()` as it comes, nothing compiled, which is our best and our default in one: the names
-with `_eager` are the same figures. `_int8` is `quantize_int8`. What int8 does to the loss is measured on a model
-trained for a moment on the embedded tales. `floor` is the time to read all weights once, over that of our fastest
-token in float32.
+Both sides generate 64 tokens greedily from a prompt of 16 tokens, and must generate the same text. They take turns;
+figures are medians over the rounds. Nothing is compiled. `gpt2_small_int8` is the model after `quantize_int8`; the
+effect of int8 on the loss is measured on a small model that is first trained on the embedded tales. `floor` is the
+time to read all weights once over the time of one of our tokens in float32.
 """
 
-import argparse
 import copy
-import json
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
+from common import make_parser, print_result, take_turns, timed
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_minigpt import MiniGPTForCausalLM, preset
@@ -37,7 +34,7 @@ SHAPES = {
 }
 
 
-def write(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+def greedy_text(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -47,10 +44,8 @@ def write(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
     )
 
 
-def seconds(function: Callable, *args) -> float:
-    begin = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - begin
+def seconds_per_token(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+    return timed(greedy_text, model, prompt) / NEW_TOKENS
 
 
 def read_weights(model: PreTrainedModel) -> None:
@@ -59,43 +54,37 @@ def read_weights(model: PreTrainedModel) -> None:
 
 
 def measure(name: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds a token by contender (and `read`, of the weights), and the ratios that follow."""
+    """Return milliseconds per token by contender (`read`: to read the weights once), and the ratios of them."""
     num_layers, width, num_heads, vocab_size, batch_size = SHAPES[name]
     torch.manual_seed(0)
-    # Weights ten times GPT-2's initial ones: text that does not repeat one token, so that equality means something.
+    # ten times GPT-2's range, so that the text does not repeat one token and equal texts mean something
     config = GPT2Config(
         n_layer=num_layers,
         n_embd=width,
         n_head=num_heads,
         vocab_size=vocab_size,
-        # nothing ends a text before its 64 tokens
+        # no text ends before its 64 tokens
         bos_token_id=None,
         eos_token_id=None,
         initializer_range=0.2,
     )
     theirs = GPT2LMHeadModel(config).eval()
-    eager = from_gpt2(theirs).eval()
-    contenders: dict[str, PreTrainedModel] = {"theirs": theirs, "eager": eager}
+    ours = from_gpt2(theirs).eval()
+    contenders: dict[str, PreTrainedModel] = {"theirs": theirs, "ours": ours}
     if name == "gpt2_small":
-        contenders["int8"] = quantize_int8(copy.deepcopy(eager))
+        contenders["int8"] = quantize_int8(copy.deepcopy(ours))
 
     prompt = torch.randint(1, vocab_size, (batch_size, 16))
     texts, first = {}, {}
     for contender, model in contenders.items():
-        begin = time.perf_counter()
-        texts[contender] = write(model, prompt)
-        first[contender] = time.perf_counter() - begin
+        first[contender] = timed(lambda: texts.update({contender: greedy_text(model, prompt)}))  # noqa: B023
     same = all(torch.equal(texts[contender], texts["theirs"]) for contender in texts if contender != "int8")
     if not same:
         raise SystemExit(f"{name}: the texts differ.")
 
-    times: dict[str, list[float]] = {contender: [] for contender in (*contenders, "read")}
+    sides = {contender: partial(seconds_per_token, model, prompt) for contender, model in contenders.items()}
     with torch.no_grad():
-        for i in range(rounds):
-            order = list(contenders)[:: 1 if i % 2 else -1]
-            for contender in order:
-                times[contender].append(seconds(write, contenders[contender], prompt) / NEW_TOKENS)
-            times["read"].append(min(seconds(read_weights, theirs) for _ in range(3)))
+        times = take_turns({**sides, "read": lambda: min(timed(read_weights, theirs) for _ in range(3))}, rounds)
     token = {contender: 1000 * statistics.median(values) for contender, values in times.items()}
     for contender in contenders:
         ratio = token["theirs"] / token[contender]
@@ -107,18 +96,15 @@ def measure(name: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]
         )
     print(f"{name:>10} {'read':>8}: {token['read']:7.2f} ms for all weights once; texts equal", flush=True)
 
-    ours = token["eager"]
-    ratios = {name: token["theirs"] / ours}
-    if batch_size == 1:
-        ratios[f"{name}_eager"] = token["theirs"] / token["eager"]
+    ratios = {name: token["theirs"] / token["ours"]}
     if name == "gpt2_small":
         ratios["gpt2_small_int8"] = token["theirs"] / token["int8"]
-        ratios["floor"] = token["read"] / ours
+        ratios["floor"] = token["read"] / token["ours"]
     return token, ratios
 
 
 def int8_loss(steps: int) -> tuple[float, float]:
-    """The held-out loss of a GPT-2 of 4 x 128 on the tales' bytes, in float32 and in int8."""
+    """Return the held-out loss of a GPT-2 of 4 x 128 on the tales' bytes, in float32 and in int8."""
     torch.manual_seed(0)
     ids = torch.tensor(list("\n".join(tales(2000)).encode()))
     model = MiniGPTForCausalLM(
@@ -140,11 +126,9 @@ def int8_loss(steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5, threads=True)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--train_steps", type=int, default=150, help="of the model whose loss int8 is tested on")
+    parser.add_argument("--train_steps", type=int, default=150, help="of the model that measures int8's loss")
     args = parser.parse_args()
 
     use_all_cores(args.threads)
@@ -158,7 +142,7 @@ def main() -> None:
         exact, quantized = int8_loss(args.train_steps)
         print(f"held-out loss {exact:.4f} in float32, {quantized:.4f} in int8: {quantized / exact - 1:+.2%}")
         result["int8_loss_increase"] = quantized / exact - 1
-    print(json.dumps({**result, "ratios": ratios}))
+    print_result(**result, ratios=ratios)
 
 
 if __name__ == "__main__":

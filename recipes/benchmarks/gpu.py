@@ -1,22 +1,22 @@
 """
-One command that tells whether a machine's GPU does what the recipes ask of it, and how fast.
+Check and time the recipes' precisions, flash attention and torch.compile on this machine's GPU.
 
     python recipes/benchmarks/gpu.py                             # minigpt-base, 16 x 1024 tokens a step
     python recipes/benchmarks/gpu.py --preset gpt2 --batch_size 8
 
-Checks that bf16, fp16, flash attention and torch.compile give the loss of plain float32 within what their precision
-allows, times a training step of each, and reports the share of the GPU's peak that it reaches (MFU, with nanoGPT's
-count of FLOPs). The last line is one JSON object. Without a CUDA device it says so and ends with status 2.
+Compares the loss of bf16, fp16, flash attention and torch.compile with that of float32, within a tolerance for each
+precision, times a training step of each, and reports its share of the GPU's peak (MFU, by nanoGPT's count of FLOPs).
+Exits with status 1 if a loss differs, and with status 2 if there is no CUDA device.
 """
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 
 import torch
+from common import NO_DROPOUT, make_parser, print_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
@@ -25,14 +25,14 @@ from hf_minigpt.training.flops import PEAK_FLOPS, flops_per_token
 from hf_minigpt.training.optimizers import muon_adamw
 
 
-# Largest relative difference of the loss from that in float32 (TF32 off): a few units of the format's last place.
+# largest relative difference from the loss in float32 (TF32 off): a few units of the format's last place
 TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 4e-3, "bf16": 2e-2}
 
 Setting = dict[str, object]
 
 
 def settings() -> list[Setting]:
-    """What is tried, in this order: name, precision, attention, whether it is compiled."""
+    """Return what is compared, in order: name, precision, attention, whether it is compiled."""
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     half = "bf16" if has_bf16 else "fp16"
     tried: list[Setting] = [
@@ -49,12 +49,12 @@ def settings() -> list[Setting]:
 
 
 def run(setting: Setting, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Loss before training, tokens per second of a training step, and peak memory in GiB."""
+    """Return the loss before training, tokens per second of a training step, and peak memory in GiB."""
     precision = setting["precision"]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
-    config = preset(args.preset, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, residual_init="gpt2")
+    config = preset(args.preset, **NO_DROPOUT, residual_init="gpt2")
     implementation = "flash_attention_2" if setting.get("attention") == "flash_attention_2" else "sdpa"
     model = MiniGPTForCausalLM._from_config(config, attn_implementation=implementation).to(device)
     optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.01)
@@ -99,16 +99,20 @@ def run(setting: Setting, args: argparse.Namespace, device: torch.device) -> dic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="minigpt-base")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--context_length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup_steps", type=int, default=5)
-    parser.add_argument("--peak_flops", type=float, help="of this GPU, where it is not in the table")
+    parser.add_argument(
+        "--peak_flops",
+        type=float,
+        help="of this GPU, if hf_minigpt/training/flops.py does not list it",
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("No CUDA device here: this benchmark times a GPU. On a CPU, recipes/pretrain.py reports its own speed.")
+        print("No CUDA device: this benchmark times a GPU. On a CPU, recipes/pretrain.py reports its own speed.")
         return 2
 
     device = torch.device("cuda")
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     base = results["fp32"]["tokens_per_second"]
     ratios = {f"{label} over fp32": result["tokens_per_second"] / base for label, result in results.items()}
-    print(json.dumps({"device": name, "results": results, "ratios": ratios, "failed": failed}))
+    print_result(device=name, results=results, ratios=ratios, failed=failed)
     return 1 if failed else 0
 
 

@@ -1,12 +1,11 @@
-"""What each choice in finetuning on IMDb is worth: the recipe with a few labels, and with one choice changed.
+"""Accuracy of finetuning on IMDb with few labels, as the recipe does it and with one choice changed.
 
     python recipes/benchmarks/imdb_ablation.py --model runs/imdb-pretrain
 
-`--dataset path/to/train.parquet` where the reviews are a file; the split is the recipe's. All else goes to
-recipes/finetune_imdb.py, which one process runs for each line of the table: some 5 minutes on one core. Few labels and
-short rows make it affordable; with all labels a difference may be another. Judged are the test reviews; nothing here
-is a choice for the result in `model_cards`. The last line printed is a JSON object: `accuracy` and `roc_auc`, the
-means over the seeds.
+Unknown flags, such as `--dataset path/to/train.parquet`, are passed to recipes/finetune_imdb.py, which runs once for
+each line of the table: about 5 minutes on one core. Few labels and short rows make it affordable; with all labels the
+differences may be others. The test reviews are scored; no choice for the model in `model_cards` was made by them. The
+last line has `accuracy` and `roc_auc`, means over the seeds.
 """
 
 import argparse
@@ -18,12 +17,14 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from common import make_parser, print_result
 
 
 RECIPES = Path(__file__).parents[1]
 CONFIGS = RECIPES / "configs"
 
-# two epochs of few labels are few steps: larger ones than the configuration's, whose adversarial half is left out
+# Two epochs of few labels are few steps, so the learning rates are above the configuration's. Adversarial training
+# doubles the time and is left out.
 FIXED = {
     "config": CONFIGS / "imdb.yaml",
     "context_length": 256,
@@ -51,8 +52,8 @@ CHANGES: dict[str, dict[str, object]] = {
 }
 
 
-def start_of(change: str, model: str) -> list[str]:
-    """The flags that name what the classifier starts from: the pretrained model, or its shape and tokenizer only."""
+def initial_model_flags(change: str, model: str) -> list[str]:
+    """Return the flags of the initial model: the pretrained one, or its shape and tokenizer only."""
     if change != "no pretraining":
         return ["--model", model]
     shape = yaml.safe_load((CONFIGS / "imdb_pretrain.yaml").read_text(encoding="utf-8"))
@@ -61,10 +62,10 @@ def start_of(change: str, model: str) -> list[str]:
 
 
 def finetune(change: str, seed: int, args: argparse.Namespace, more: list[str]) -> dict[str, float]:
-    """The metrics of one run of the recipe."""
+    """Run the recipe once and return its metrics."""
     flags = FIXED | {"max_examples": args.labels, "seed": seed} | CHANGES[change]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(RECIPES / "finetune_imdb.py"), *start_of(change, args.model)]
+        command = [sys.executable, str(RECIPES / "finetune_imdb.py"), *initial_model_flags(change, args.model)]
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
         done = subprocess.run([*command, *more, "--output_dir", folder], capture_output=True, text=True)
@@ -74,9 +75,9 @@ def finetune(change: str, seed: int, args: argparse.Namespace, more: list[str]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="What recipes/pretrain.py has made of the reviews.")
-    parser.add_argument("--labels", type=int, default=2000, help="Labelled reviews to train on.")
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", required=True, help="a model that recipes/pretrain.py trained on the reviews")
+    parser.add_argument("--labels", type=int, default=2000, help="labelled reviews to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     args, more = parser.parse_known_args()
@@ -89,7 +90,7 @@ def main() -> None:
         seconds = statistics.mean(run["train_runtime"] for run in runs)
         print(f"{change:34} {found['accuracy'][change]:.2%} {found['roc_auc'][change]:.4f}  ({each}) "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
-    print(json.dumps(found))
+    print_result(**found)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""An interpolated modified Kneser-Ney n-gram model over words, in bits per byte: what counting can do.
+"""A baseline for language models: an interpolated modified Kneser-Ney n-gram model over words, in bits per byte.
 
     python recipes/benchmarks/kneser_ney.py
     python recipes/benchmarks/kneser_ney.py --dataset corpus.txt
 
-The first trains a 5-gram on embedded tales and sets its bits per byte on held-out tales beside the entropy of the
-grammar that wrote them: 0.320 against 0.142, a ratio of 2.25, in seconds. The second does the same for any text, whose
-entropy nobody knows. Words that the training text lacks are charged by spelling them out, byte by byte. The last line
-printed is a JSON object.
+The first command trains a 5-gram on embedded tales and compares its bits per byte on held-out tales with the entropy
+of their grammar: 0.320 against 0.142, a ratio of 2.25, in seconds. The second scores any text, of unknown entropy.
+Words that are not in the training text are spelled out byte by byte.
 
 The model is that of Chen and Goodman (1998), "An empirical study of smoothing techniques for language modeling".
 """
@@ -24,22 +23,22 @@ import numpy as np
 from hf_minigpt.data.tales.grammar import log2_probability, tales
 
 
-# every character of a text belongs to exactly one piece, so bits per piece add up to bits per byte
+# every character belongs to exactly one piece, so the bits of the pieces add up to those of the text
 PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s+")
 
 
 class KneserNey:
-    """An n-gram model over sequences of symbols, each sequence padded with begin marks and closed by an end mark.
+    """An n-gram model over sequences of symbols, each with begin marks in front and an end mark behind.
 
     Args:
         sequences: The training data.
         order: n; the context is n - 1 symbols.
-        vocabulary: Every symbol that may occur; what is uniform is uniform over these and the end mark.
+        vocabulary: Every symbol that may occur; the uniform distribution is over these and the end mark.
     """
 
     def __init__(self, sequences: Iterable[Sequence[Hashable]], order: int, vocabulary: Iterable[Hashable]):
         self.order = order
-        # 0 begins, 1 ends
+        # 0 is the begin mark, 1 the end mark
         self.ids = {symbol: i for i, symbol in enumerate(vocabulary, start=2)}
         self.num_symbols = len(self.ids) + 2
         tokens = self._flatten(sequences)
@@ -59,7 +58,7 @@ class KneserNey:
             position = firsts[n - 1]
             counts = np.bincount(ngram_ids[n - 1]).astype(np.float64)
             if n < order:
-                # how many different symbols precede the n-gram; nothing precedes a beginning, so that its count stays
+                # the number of different symbols before the n-gram; none precedes a begin mark, whose count stays
                 distinct = np.bincount(ngram_ids[n - 1][firsts[n]], minlength=len(counts))
                 counts = np.where(tokens[position - n + 1] == 0, counts, distinct)
             # a begin mark is never predicted
@@ -68,19 +67,19 @@ class KneserNey:
             self.tables.insert(0, _Table(counts, contexts, len(firsts[n - 2]) if n > 1 else 1))
 
     def _flatten(self, sequences: Iterable[Sequence[Hashable]]) -> np.ndarray:
-        # one more begin mark than a context needs: position - n + 1 and position - 1 exist for every n-gram looked at
+        # one begin mark more than a context needs, so that position - n + 1 and position - 1 always exist
         begin = [0] * self.order
         return np.array([i for seq in sequences for i in (*begin, *(self.ids[s] for s in seq), 1)], dtype=np.int64)
 
     def _extend(self, prefix_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The key of the n-gram ending at each position, from the ids of the (n-1)-grams that end one earlier."""
+        """Return the key of the n-gram at each position, from the ids of the (n-1)-grams that end one earlier."""
         shifted = np.concatenate([[0], prefix_ids[:-1]])
         return np.where(shifted < 0, -1, shifted * self.num_symbols + tokens)
 
     def log2_probabilities(self, sequences: Sequence[Sequence[Hashable]]) -> np.ndarray:
-        """The log2 of the probability of each symbol and end mark, all sequences after one another."""
+        """Return the log2 probability of each symbol and end mark, the sequences concatenated."""
         tokens = self._flatten(sequences)
-        # never predicted, but every symbol of the vocabulary may come
+        # the begin mark is never predicted, every other symbol may be
         probabilities = np.full(len(tokens), 1 / (self.num_symbols - 1))
         contexts = np.zeros(len(tokens), dtype=np.int64)
         for keys, table in zip(self.keys, self.tables, strict=True):
@@ -103,7 +102,7 @@ class _Table:
         reserved = np.bincount(contexts, weights=discounts, minlength=num_contexts)
         divisors = np.maximum(totals, 1)
         self.discounted = np.append((counts - discounts) / divisors[contexts], 0.0)
-        # a context never seen leaves everything to the order below; the last entry stands for it
+        # a context never seen leaves all weight to the order below; the last entry stands for it
         self.backoff = np.append(np.where(totals > 0, reserved / divisors, 1.0), 1.0)
 
     def interpolate(self, ngrams: np.ndarray, contexts: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -111,20 +110,20 @@ class _Table:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """Chen and Goodman's discounts for counts of 0, 1, 2 and more, from how many n-grams have each small count."""
+    """Return Chen and Goodman's discounts for counts of 0, 1, 2 and more, from the number of n-grams of each count."""
     n1, n2, n3, n4 = (np.count_nonzero(counts == c) for c in (1, 2, 3, 4))
     if not (n1 and n2 and n3 and n4):
-        # too few symbols for the estimate
+        # too few n-grams for the estimate
         return np.array([0.0, 0.5, 0.75, 1.0])
     y = n1 / (n1 + 2 * n2)
     return np.clip([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3], 0.0, [0.0, 1.0, 2.0, 3.0])
 
 
 def bits_per_byte(train: Sequence[str], held_out: Sequence[str], order: int = 5) -> float:
-    """Bits per UTF-8 byte on the held-out documents, the end of each document included.
+    """Return bits per UTF-8 byte on the held-out documents, the end of each document included.
 
-    Training words that occur once stand for the words that do not occur at all; a held-out word of either sort costs
-    that class's bits and those of its spelling, by a Kneser-Ney model over the bytes of the words seen once.
+    Training words that occur once stand for unknown words. A held-out word that is unknown or was seen once costs the
+    bits of that class plus those of its spelling, by a Kneser-Ney model over the bytes of the words seen once.
     """
     documents = [PIECE.findall(text) for text in train]
     counts = Counter(piece for pieces in documents for piece in pieces)
@@ -146,14 +145,14 @@ def bits_per_byte(train: Sequence[str], held_out: Sequence[str], order: int = 5)
 
 
 def entropy_per_byte(texts: Iterable[str]) -> float:
-    """The grammar's own bits per byte on tales."""
+    """Return the entropy of the grammar in bits per byte, estimated on tales."""
     texts = list(texts)
     return -math.fsum(map(log2_probability, texts)) / sum(len(text.encode()) for text in texts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="a file, a folder or a Hub name; without it, embedded tales")
+    parser.add_argument("--dataset", help="as in recipes/pretrain.py; default: the embedded tales")
     parser.add_argument("--order", type=int, default=5, help="n of the n-grams")
     parser.add_argument("--num_tales", type=int, default=6000, help="tales to train on")
     parser.add_argument("--num_held_out", type=int, default=600, help="tales to test on")

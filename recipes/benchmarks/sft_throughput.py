@@ -1,27 +1,24 @@
-r"""
-Tokens per second of finetuning: records packed into rows, against batches padded to their longest record.
+"""Tokens per second in instruction finetuning: packed rows against batches padded to their longest record.
 
-    python recipes/benchmarks/sft_throughput.py --dataset ../shared/data/instructions/instructions.json
+    python recipes/benchmarks/sft_throughput.py --dataset instructions.json
 
-The same model in the same Trainer, without dropout, on the same records, about as many of them in a batch (16), by
-turns. The peer is transformers' DataCollatorForSeq2Seq. Padding alone could be saved: the bound is the padded
-positions of the peer's batches over the tokens in them: longest over mean, batch by batch. `share_of_bound` says how
-much of that packing gains, `packed_over_padded` the plain ratio of tokens per second; medians over the rounds. Without
---dataset the records are questions about the tales. The last line printed is a JSON object.
+Both sides train the same model in the same Trainer, without dropout, on the same records, about 16 of them in a batch,
+and take turns. The peer pads with transformers' DataCollatorForSeq2Seq. Packing can only save padding, so the bound is
+positions over tokens in the peer's batches. `packed_over_padded` is the ratio of tokens per second, `share_of_bound`
+that ratio over the bound; medians over the rounds. Without --dataset the records are questions about the tales.
 
-What no packing shortens is the optimizer's work. The model has the size of the smallest GPT-2, and an update takes
-four batches, half of what Alpaca took; `--accumulate 1` shows how much it counts in updates of 16 short records.
+Packing does not shorten the optimizer step. The model has the size of the smallest GPT-2 and an update takes four
+batches, half of Alpaca's; with `--accumulate 1` the optimizer step takes a larger share.
 """
 
-import argparse
 import itertools
-import json
 import math
 import statistics
 import tempfile
 import time
 
 import torch
+from common import make_parser, median_ratio, print_result, quiet_arguments, take_turns
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -42,7 +39,7 @@ BATCH_SIZE = 16
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the first step, which warms up, to that of the last one."""
+    """Measures the seconds from the end of the first step, a warmup, to the end of the last one."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
@@ -56,8 +53,8 @@ class Clock(TrainerCallback):
         return self.end - self.begin
 
 
-class Counting:
-    """A collator that counts the positions and the tokens in its batches, those of the first step apart."""
+class CountingCollator:
+    """A collator that counts the positions and the tokens in its batches, except those of the first step."""
 
     def __init__(self, collator, pad_token_id: int, accumulate: int):
         self.collator, self.pad_token_id, self.accumulate = collator, pad_token_id, accumulate
@@ -75,41 +72,34 @@ class Counting:
         return batch
 
 
-def measure(model, rows, collator: Counting, batch_size: int, seed: int) -> tuple[float, float]:
-    """Tokens per second, without padding, of an epoch; and positions over tokens."""
+def measure(model, rows, collator: CountingCollator, batch_size: int, seed: int) -> tuple[float, float]:
+    """Train an epoch and return tokens per second, padding not counted, and positions over tokens."""
     collator.reset()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder,
+            **quiet_arguments(folder),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=collator.accumulate,
             num_train_epochs=1,
-            # a last, smaller batch would be another shape
+            # a smaller last batch would have another shape
             dataloader_drop_last=True,
             seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
         )
         Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
     return collator.tokens / clock.seconds, collator.positions / collator.tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, threads=True)
     parser.add_argument("--dataset", help="as in recipes/sft.py")
     parser.add_argument("--max_examples", type=int, default=400)
-    parser.add_argument("--accumulate", type=int, default=4, help="batches to an update")
+    parser.add_argument("--accumulate", type=int, default=4, help="batches per update")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, trained on the records")
-    parser.add_argument("--packed_length", type=int, help="default: four rows hold the 16 records, if none is longer")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--packed_length", type=int, help="default: a quarter of 16 records, or the longest")
     args = parser.parse_args()
 
     use_all_cores(args.threads)
@@ -122,7 +112,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size, model_max_length=1024, show_progress=False)
     add_chat_template(tokenizer)
     data = tokenize_conversations(tokenizer, conversations, 1024)
-    # as many records in a batch as the peer has
+    # as many records in a batch as the peer
     tokens_per_batch = BATCH_SIZE * float(data.lengths.mean())
     length = args.packed_length or max(int(data.lengths.max()), math.ceil(tokens_per_batch / 4))
     packed = PackedRows(data, length)
@@ -139,6 +129,7 @@ def main() -> None:
         hidden_size=args.width,
         num_attention_heads=args.width // 64,
         max_position_embeddings=max(length, 1024),
+        skip_logits=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -149,31 +140,25 @@ def main() -> None:
         f"{packed_rows} rows of {length} a batch, {packed.fill:.1%} full; {model.num_parameters():,} parameters"
     )
 
-    ours = Counting(InstructionCollator(tokenizer.pad_token_id), tokenizer.pad_token_id, args.accumulate)
+    ours = CountingCollator(InstructionCollator(tokenizer.pad_token_id), tokenizer.pad_token_id, args.accumulate)
     padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    theirs = Counting(padding, tokenizer.pad_token_id, args.accumulate)
-    ratios, shares, bounds = [], [], []
+    theirs = CountingCollator(padding, tokenizer.pad_token_id, args.accumulate)
+    rounds = itertools.count()
+    sides = {
+        "packed": lambda: measure(model, packed, ours, packed_rows, seed=next(rounds) // 2),
+        "padded": lambda: measure(model, padded, theirs, BATCH_SIZE, seed=next(rounds) // 2),
+    }
+    measured = take_turns(sides, args.rounds)
+    rates = {side: [rate for rate, _ in found] for side, found in measured.items()}
+    bounds = [bound for _, bound in measured["padded"]]
+    ratios = [a / b for a, b in zip(rates["packed"], rates["padded"], strict=True)]
     for i in range(args.rounds):
-        sides = {}
-        # who begins changes
-        for side in ("packed", "padded") if i % 2 else ("padded", "packed"):
-            rows, collator, size = (packed, ours, packed_rows) if side == "packed" else (padded, theirs, BATCH_SIZE)
-            sides[side] = measure(model, rows, collator, size, seed=i)
-        bound = sides["padded"][1]
-        ratio = sides["packed"][0] / sides["padded"][0]
-        ratios.append(ratio)
-        bounds.append(bound)
-        shares.append(ratio / bound)
         print(
-            f"packed {sides['packed'][0]:.0f}, padded {sides['padded'][0]:.0f} tokens/s: {ratio:.2f} x of a bound of "
-            f"{bound:.2f} x"
+            f"packed {rates['packed'][i]:.0f}, padded {rates['padded'][i]:.0f} tokens/s: {ratios[i]:.2f} x of a bound "
+            f"of {bounds[i]:.2f} x"
         )
-    medians = {"share_of_bound": statistics.median(shares), "packed_over_padded": statistics.median(ratios)}
-    print(
-        json.dumps(
-            {"ratios": {k: round(v, 3) for k, v in medians.items()}, "bound": round(statistics.median(bounds), 3)}
-        )
-    )
+    medians = {"share_of_bound": median_ratio(ratios, bounds), "packed_over_padded": statistics.median(ratios)}
+    print_result(ratios={k: round(v, 3) for k, v in medians.items()}, bound=round(statistics.median(bounds), 3))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""Tokens and seconds to the loss at which the articles' recipe ends: ours against GPT2LMHeadModel under the Trainer.
+"""Tokens and seconds to the loss at which GPT2LMHeadModel ends under the Trainer: MiniGPT against GPT-2.
 
     python recipes/benchmarks/time_to_loss.py --dataset path/to/reviews.parquet
 
-The peer has the blocks of GPT-2, AdamW (betas 0.9 and 0.95, decay 0.1, gradients clipped at 1), warmup over a tenth of
-the steps and cosine to zero, its head tied or untied and its learning rate one of three: the first seed tries all, and
-the best goes on with the other seeds. Ours has the modern blocks of the same width and depth with MuonAdamW, and the
-shortest of the schedules in `--our_steps` that ends at or below the peer's final held-out loss: every schedule runs in
-full, from the shortest on. Both read the same rows in the same order, without dropout, and take turns in one run; one
-score counts for both. FLOPs per token are the same matrix products, parameters of the blocks within 1 %.
+The peer has GPT-2's blocks and AdamW (betas 0.9 and 0.95, weight decay 0.1, gradients clipped at 1), with warmup over
+a tenth of the steps and a cosine to zero. The first seed tries three learning rates with a tied and an untied head;
+the other seeds use the best. Ours has the modern blocks of the same width and depth and MuonAdamW. The schedules of
+`--our_steps` run in full, from the shortest, until one ends at or below the peer's held-out loss. Both sides read the
+same rows in the same order, without dropout, and are scored by the same function. The matrix products per token are
+the same; the parameters of the blocks agree within 1 %.
 
-`ratios`, in the last line: the peer's tokens over ours and the peer's seconds of training over ours, medians over the
-seeds. Evaluation is not timed.
+`ratios` are the peer's tokens and seconds of training over ours, medians over the seeds. Evaluation is not timed.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 
 import torch
-from peers import gpt2_peer
+from common import gpt2_peer, make_parser, print_result, quiet_arguments
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_minigpt import MiniGPTForCausalLM, preset
@@ -35,13 +33,13 @@ from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
 PEER_LEARNING_RATES = (6e-4, 1e-3, 2e-3)
-# AdamW's, on the head: twice the recipes' default, chosen on another seed for schedules as short as these
+# AdamW's is twice the recipes' default: chosen on another seed for schedules as short as these
 LEARNING_RATES = {"learning_rate": 1.6e-2, "matrix_learning_rate": 2e-2}
 
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, rows: DocumentRows, collator: LanguageModelCollator, num_rows: int) -> float:
-    """Mean nats per token, from the logits of either side."""
+    """Return mean nats per token, from the logits of either side."""
     model.eval()
     nats, count = 0.0, 0
     selected = [i * len(rows) // num_rows for i in range(num_rows)]
@@ -55,7 +53,7 @@ def held_out_loss(model: PreTrainedModel, rows: DocumentRows, collator: Language
 
 
 class Race:
-    """One corpus, one shape; `peer` and `ours` train a model from a seed to the end of its schedule."""
+    """One corpus and one shape; `peer` and `ours` train a model from a seed to the end of its schedule."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -71,18 +69,12 @@ class Race:
         return loss, seconds
 
     def arguments(self, folder: str, seed: int, max_steps: int) -> dict:
-        return {
-            "output_dir": folder,
+        return quiet_arguments(folder) | {
             "per_device_train_batch_size": self.args.rows,
             "max_steps": max_steps,
             "seed": seed,
-            "save_strategy": "no",
             "eval_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             "remove_unused_columns": False,
-            "use_cpu": not torch.cuda.is_available(),
         }
 
     def rows(self, seed: int) -> ShuffledDocumentRows:
@@ -145,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--peer_steps", type=int, default=500)
     parser.add_argument("--our_steps", type=int, nargs="+", default=[60, 70, 80, 90, 100, 112, 125, 150, 200, 300])
@@ -175,7 +167,9 @@ def main() -> None:
             if loss <= target:
                 break
         else:
-            raise RuntimeError(f"No schedule of --our_steps {args.our_steps} reached {target:.4f}: add longer ones.")
+            raise RuntimeError(
+                f"No schedule of --our_steps {args.our_steps} reached the loss {target:.4f}. Add longer ones."
+            )
         token_ratios.append(args.peer_steps / steps)
         second_ratios.append(seconds / our_seconds)
         print(
@@ -184,8 +178,7 @@ def main() -> None:
             f"tokens, {second_ratios[-1]:.2f} x less time",
             flush=True,
         )
-    ratios = {"tokens": statistics.median(token_ratios), "wall": statistics.median(second_ratios)}
-    print(json.dumps({"ratios": ratios}))
+    print_result(ratios={"tokens": statistics.median(token_ratios), "wall": statistics.median(second_ratios)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""recipes/benchmarks/gpu.py, where there is a GPU and where not."""
+"""recipes/benchmarks/gpu.py with and without a GPU."""
 
 import json
 import subprocess
@@ -16,8 +16,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
-def test_without_a_gpu_it_says_so():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the message without a GPU")
+def test_without_a_gpu_it_exits_with_a_message():
     result = run()
     assert result.returncode == 2
     assert "No CUDA device" in result.stdout
