@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # Accelerate collects garbage after each run. What the imports made is not garbage, and takes 0.3 s to look through.
+    # Accelerate collects garbage after each run, which takes 0.3 s with the objects of all imports, 0.05 s without.
     gc.collect()
     gc.freeze()
 

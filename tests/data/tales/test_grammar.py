@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_minigpt.data.tales import grammar
-from hf_minigpt.data.tales.grammar import World, generate_tale, log2_probability, tales
-from hf_minigpt.training.parsing import parse
+from hf_minigpt.data.tales.grammar import World, generate_tale, log2_probability, parse, tales
 
 
 def load_kneser_ney():
