@@ -42,6 +42,7 @@ from hf_minigpt.classification.model import build_classifier, check_lora_possibl
 from hf_minigpt.classification.report import spread
 from hf_minigpt.classification.results import print_plan, save_results
 from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.commands import command_for
 from hf_minigpt.publishing.hub import prepare_push, push_run
 from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.checkpoints.sealing import check_resume
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero():
         if lora_args.saves_adapter:
             trainer.model.config.save_pretrained(args.output_dir)
-        command = f"accelerate launch recipes/finetune_imdb.py {shlex.join(argv)}".strip()
+        command = f"{command_for('classify', launch=True)} {shlex.join(argv)}".strip()
         save_results(trainer, logits, metrics, splits, *arguments, command)
     with optional("pushing to the Hub"):
         push_run(args)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from hf_minigpt.commands import command_for
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import prepare_corpus
 from hf_minigpt.flags import COUNT, Unique
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("drawing ladder.png"):
             plot_rungs(held_out, training, folder / "ladder.png", floor)
         print(f"{folder} contains one model per rung{written(folder, 'all_results.json', 'ladder.png')}. Next:")
-        print(f"  python recipes/demo.py {folder / name}")
+        print(f"  {command_for('demo')} {folder / name}")
     with optional("pushing to the Hub"):
         push_run(args)
     return metrics

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from hf_minigpt.commands import command_for
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import DocumentRows
 from hf_minigpt.pretraining.arguments import PlanArguments, PretrainArguments
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics |= trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        command = f"accelerate launch recipes/pretrain.py {shlex.join(argv)}".strip()
+        command = f"{command_for('pretrain', launch=True)} {shlex.join(argv)}".strip()
         sample, plot = "", None
 
         def save_results() -> None:
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         shown |= {"tokens_per_second": metrics["train_tokens_per_second"]}
         prompt = shlex.quote(" ".join(sample.split()[:2]))
-        commands = [f"python recipes/generate.py {args.output_dir} --prompt {prompt}"]
+        commands = [f"{command_for('generate')} {args.output_dir} --prompt {prompt}"]
         print_sample(sample)
         print_summary(format_metrics(shown), args.output_dir, ["README.md", "loss.png"], commands)
     with optional("pushing to the Hub"):

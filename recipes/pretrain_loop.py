@@ -21,6 +21,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerState, get_scheduler, set_seed
 
+from hf_minigpt.commands import command_for
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.data.rows import AlignedDocumentRows, DocumentRows, ShuffledDocumentRows
 from hf_minigpt.pretraining.arguments import PretrainArguments
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("sampling a text"):
             print_sample(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print_summary(
-            format_metrics(results), args.output_dir, ["loss.png"], [f"python recipes/generate.py {args.output_dir}"]
+            format_metrics(results), args.output_dir, ["loss.png"], [f"{command_for('generate')} {args.output_dir}"]
         )
     with optional("pushing to the Hub"):
         push_run(args)

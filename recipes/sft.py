@@ -31,6 +31,7 @@ from transformers import set_seed
 
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.atomic import follow_umask
+from hf_minigpt.commands import command_for
 from hf_minigpt.instructions.answers import Answer, answer_metrics, chat_command, generate_answers
 from hf_minigpt.instructions.arguments import InstructionArguments, SFTArguments
 from hf_minigpt.instructions.data import load_conversations, tokenize_splits, training_rows
@@ -49,7 +50,7 @@ from hf_minigpt.publishing.plots import plot_losses
 from hf_minigpt.recipes import pretrain
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
-from hf_minigpt.training.console import print_header, print_summary
+from hf_minigpt.training.console import describe_plan, print_header, print_summary
 from hf_minigpt.training.loading import check_base_exists, load_base_model
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "rows": f"{len(train_rows):,}, context_length={data.max_length}, packing={sft_args.packing}",
             "optimizer": describe_settings({name: getattr(args, name) for name in inherited}),
             "device": args.describe_hardware(),
+            "plan": describe_plan(args, trainer.num_steps),
         },
     )
     for index in range(min(sft_args.show_examples, len(data.training))):
@@ -152,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     if is_main:
-        command = f"accelerate launch recipes/sft.py {shlex.join(argv)}".strip()
+        command = f"{command_for('sft', launch=True)} {shlex.join(argv)}".strip()
         answers: list[Answer] = []
         plot = None
 

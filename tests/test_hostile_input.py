@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import pretrain
 
 from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from hf_minigpt.data.collators import LanguageModelCollator
 from hf_minigpt.deploy.conversion import from_nanogpt
 from hf_minigpt.pretraining.arguments import PretrainArguments
+from hf_minigpt.recipes import pretrain
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.checkpoints.train_safely import train_safely

@@ -95,6 +95,7 @@ def enlarge_weights(model: MiniGPTForCausalLM) -> MiniGPTForCausalLM:
     return model
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "sixteenth"),
     [("post-norm", {}), ("post-norm-deep", {"hidden_size": 128, "intermediate_size": 1024})],
@@ -188,6 +189,7 @@ IDEAS = ["attention", "several", "mlp", "deep", "residual", "norm"]
 RUNG_HEIGHTS = dict(zip(BABY_RUNGS, [0, 1, 2, 3, 4, 5, 6, 6, 6], strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", BABY_RUNGS)
 @pytest.mark.parametrize("base", ["baby", "baby-large"])
 def test_each_rung_equals_the_article(name, base):

@@ -112,6 +112,7 @@ def test_links_and_paths_resolve(name):
         assert any((ROOT / place / file).is_file() for place in places), file
 
 
+@pytest.mark.smoke
 def test_the_map_lists_every_folder():
     block = README.split("## Map")[1].split("```text\n")[1].split("```")[0]
     listed, folder = set(), ROOT

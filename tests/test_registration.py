@@ -60,6 +60,7 @@ def run_python(script, folder, *arguments):
     return result.stdout
 
 
+@pytest.mark.smoke
 def test_auto_classes_build_and_load(tmp_path):
     assert AutoConfig.for_model("minigpt", hidden_size=24, num_attention_heads=3).hidden_size == 24
     for auto_class, model_class in {
@@ -128,6 +129,7 @@ def test_a_missing_table_gives_a_warning():
         add_peft_targets(types.ModuleType("constants"))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model_class", [MiniGPTModel, MiniGPTForCausalLM, MiniGPTForSequenceClassification])
 def test_a_checkpoint_contains_its_code(model_class, tmp_path):
     model_class(tiny_config("gpt2")).save_pretrained(tmp_path)

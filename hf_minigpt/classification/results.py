@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..training.arguments import ModelArguments
-from ..training.console import print_header, print_summary
+from ..training.console import describe_plan, print_header, print_summary
 from ..training.lora import LoraArguments
 from ..training.safeguards import optional
 from .arguments import ClassificationArguments, ReviewArguments
@@ -34,14 +34,13 @@ def print_plan(
     args, model, train_rows = trainer.args, trainer.model, trainer.train_dataset
     assert model is not None and isinstance(train_rows, ReviewRows)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    duration = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     print_header(
         f"Finetuning into {args.output_dir}",
         {
             "model": f"{model_args.model or 'from scratch'}, {num_parameters:,} trainable parameters",
             "data": describe_data(splits, train_rows, test_rows),
             "device": args.describe_hardware(),
-            "plan": f"{duration}, {args.tokens_per_batch:,} tokens per batch, {args.optimizer}, seed {args.seed}",
+            "plan": f"{describe_plan(args, trainer.num_steps)}, seed {args.seed}",
         },
     )
 

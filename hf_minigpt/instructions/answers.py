@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from ..commands import command_for
 from .records import Conversation
 
 
@@ -107,7 +108,7 @@ def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
 
 def chat_command(output_dir: str, conversations: Sequence[Conversation]) -> str:
     """Return the command that asks the model the first single-turn question that fits on one line."""
-    command = f"python recipes/chat.py {shlex.quote(output_dir)}"
+    command = f"{command_for('chat')} {shlex.quote(output_dir)}"
     for conversation in conversations:
         question = conversation.prompt[0]["content"]
         if len(conversation.prompt) == 1 and "\n" not in question:

@@ -160,10 +160,7 @@ def describe_plan(args: Any, num_steps: int, tokens_per_step: int | None = None)
         batch = f"{args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size:,} tokens"
     rates = f"learning rate {args.learning_rate:g}"
     if args.optimizer == "muon":
-        batch = f"{args.rows_per_step:,} rows"
-    if hasattr(args, "tokens_per_batch"):
-        batch = f"{args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size:,} tokens"
-    rates = f"learning rates {args.matrix_learning_rate:g} (matrices) and {args.learning_rate:g}"
+        rates = f"learning rates {args.matrix_learning_rate:g} (matrices) and {args.learning_rate:g}"
     optimizer = getattr(args.optim, "value", args.optim) if args.optimizer == "trainer" else args.optimizer
     return f"{num_steps:,} steps{tokens}, batch {batch}, {optimizer}, {rates}"
 

@@ -5,13 +5,9 @@ import gzip
 import json
 import re
 
-import finetune_imdb
-import pretrain
-import pretrain_loop
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import sft
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_minigpt.classification.arguments import ReviewArguments
@@ -20,6 +16,7 @@ from hf_minigpt.data import files
 from hf_minigpt.data.corpora import load_documents, stream_documents
 from hf_minigpt.data.files import find_files, read_rows
 from hf_minigpt.instructions.records import load_records, to_conversations
+from hf_minigpt.recipes import finetune_imdb, pretrain, pretrain_loop, sft
 
 
 def lines(*rows, **options) -> bytes:

@@ -127,6 +127,7 @@ NANOCHAT_VARIANTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("model_class", "head"), list(zip(GPT2_CLASSES, HEADS, strict=True)))
 @pytest.mark.parametrize("variant", GPT2_VARIANTS)
 def test_gpt2_converts_both_ways(model_class, head, variant):
@@ -142,6 +143,7 @@ def test_gpt2_converts_both_ways(model_class, head, variant):
     assert torch.equal(answer(back), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("model_class", "head"), list(zip(GPT1_CLASSES, HEADS, strict=True)))
 @pytest.mark.parametrize(
     "fields",
@@ -157,6 +159,7 @@ def test_gpt1_converts(model_class, head, fields):
     torch.testing.assert_close(answer(model), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("model_class", "head"), [(NanoChatForCausalLM, MiniGPTForCausalLM), (NanoChatModel, MiniGPTModel)]
 )

@@ -2,12 +2,12 @@
 
 import math
 
-import export
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from hf_minigpt.data.tales import grammar as tales
+from hf_minigpt.recipes import export
 from hf_minigpt.training.evaluation import score_texts
 
 

@@ -1,6 +1,5 @@
 """Stock trainers go on from a trained checkpoint where our own left it."""
 
-import finetune_imdb
 import pytest
 import torch
 from datasets import Dataset
@@ -10,6 +9,7 @@ from transformers import pipeline
 from hf_minigpt.classification.arguments import ReviewArguments
 from hf_minigpt.classification.data import load_reviews
 from hf_minigpt.data.tales import grammar as tales
+from hf_minigpt.recipes import finetune_imdb
 from tests.test_readme import SNIPPETS
 
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import export
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +24,7 @@ from transformers import (
 
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.publishing import page
+from hf_minigpt.recipes import export
 from hf_minigpt.training.evaluation import score_texts
 from tests.test_readme import SNIPPETS
 from tests.test_registration import WITHOUT_THE_PACKAGE

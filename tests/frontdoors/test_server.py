@@ -1,10 +1,10 @@
 """`python -m hf_minigpt serve` on trained weights: what the openai client reads is what `generate` writes."""
 
 import pytest
-import sft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_minigpt.recipes import sft
 from tests.deploy.test_serving import start, stop
 from tests.frontdoors.test_language_model import HELD_OUT, PROMPTS, check_tales
 

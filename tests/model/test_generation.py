@@ -42,6 +42,7 @@ def by_hand(model, ids, new_tokens=8):
     return ids
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
 def test_greedy_is_the_argmax_of_each_step(name, attention):
@@ -182,6 +183,7 @@ def test_other_positions_generate_beyond_the_context():
         assert torch.equal(greedy(model, ids, new_tokens=12), by_hand(model, ids, 12)), name
 
 
+@pytest.mark.smoke
 def test_generated_ids_equal_those_of_transformers_gpt2():
     """An independent implementation, with the same random weights."""
     gpt2 = GPT2LMHeadModel(
@@ -218,6 +220,7 @@ def tiny_tokenizer():
     return GPT2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", padding_side="left")
 
 
+@pytest.mark.smoke
 def test_the_pipeline_generates_text():
     model, tokenizer = tiny_model("gpt2", vocab_size=28), tiny_tokenizer()
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)

@@ -50,6 +50,7 @@ def assert_same_gradients(actual, expected, **tolerance):
         torch.testing.assert_close(actual[name], gradient, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("name", SWITCHES)
 def test_loss_and_gradients_equal_the_definition(name, skip_logits):

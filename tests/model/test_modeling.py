@@ -125,6 +125,7 @@ def plain_logits(model, ids, positions=None):
     return torch.tensor(logits[:, : config.unpadded_vocab_size])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SWITCHES)
 def test_logits_equal_a_plain_float64_computation(name, attention):
@@ -162,6 +163,7 @@ def test_padded_ids_have_probability_zero(name):
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", POSITIONS)
@@ -183,6 +185,7 @@ def test_padded_rows_score_as_unpadded_ones(name, side, attention):
     assert_close(model(ids, attention_mask=mask.bool()).logits[mask.bool()], logits[mask.bool()])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [1, 8, 3]])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", POSITIONS)
@@ -239,6 +242,7 @@ def test_given_positions_work_with_a_static_cache(name, attention):
             assert_close(logits, model(ids, position_ids=positions, use_cache=False).logits)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mask", ["no_mask", "ones"])
 @pytest.mark.parametrize("use_cache", [None, False, True])
@@ -570,6 +574,7 @@ def test_from_config_supports_bfloat16():
     assert torch.isfinite(model(random_ids(1, 9)).logits).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("way", ["plain", "meta", "auto"])
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_loaded_model_equals_the_saved_one(name, way, tmp_path):

@@ -1,13 +1,12 @@
 """Both pretraining recipes in one start of two processes, for tests/recipes/test_pretrain_recipes.py.
 
-Started by torchrun with recipes/ on the PYTHONPATH: `-m tests.programs.pretraining_recipes OUTPUT_DIR FLAG ...`
+Started by torchrun: `-m tests.programs.pretraining_recipes OUTPUT_DIR FLAG ...`
 """
 
 import sys
 from pathlib import Path
 
-import pretrain
-import pretrain_loop
+from hf_minigpt.recipes import pretrain, pretrain_loop
 
 
 if __name__ == "__main__":

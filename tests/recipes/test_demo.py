@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import demo
 import pytest
 import torch
 from huggingface_hub import metadata_load
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_minigpt import MiniGPTForSequenceClassification
 from hf_minigpt.publishing import page
+from hf_minigpt.recipes import demo
 from hf_minigpt.tokenization import train_tokenizer
 from tests.tiny import tiny_model
 

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import finetune_imdb
 import pandas as pd
-import pretrain
 import pytest
 import yaml
 from transformers import pipeline
@@ -17,6 +15,7 @@ from hf_minigpt.classification import report
 from hf_minigpt.classification.arguments import ClassificationArguments, ReviewArguments, SeedArguments
 from hf_minigpt.classification.data import load_reviews, text_key
 from hf_minigpt.data.tales.reviews import tale_reviews
+from hf_minigpt.recipes import finetune_imdb, pretrain
 from hf_minigpt.training.arguments import ModelArguments
 from hf_minigpt.training.checkpoints.sealing import seal_checkpoint
 from hf_minigpt.training.lora import LoraArguments
@@ -65,6 +64,7 @@ def pretrained(folder, data_flags) -> Path:
     return folder / "lm"
 
 
+@pytest.mark.smoke
 def test_pretrained_model_becomes_a_documented_classifier(pretrained, reviews, folder, data_flags):
     output = folder / "classifier"
     flags = [*data_flags, "--model", str(pretrained), "--output_dir", str(output), "--seeds", "1", "2"]

@@ -3,13 +3,13 @@
 import json
 import re
 
-import ladder
 import matplotlib.image
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minigpt.presets import BABY_RUNGS
+from hf_minigpt.recipes import ladder
 
 
 TINY = ["--max_steps", "2", "--eval_steps", "1", "--eval_batches", "1", "--max_examples", "60"]

@@ -4,7 +4,6 @@ import json
 import math
 import re
 
-import perplexity
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -14,6 +13,7 @@ from hf_minigpt.data.corpora import load_documents
 from hf_minigpt.data.tales import grammar as tales
 from hf_minigpt.data.token_store import held_out_documents, prepare_corpus
 from hf_minigpt.deploy.conversion import from_gpt2
+from hf_minigpt.recipes import perplexity
 from hf_minigpt.tokenization import train_tokenizer
 from hf_minigpt.training.evaluation import cut_windows, decode_documents
 from tests.tiny import shake, tiny_config

@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chat
-import generate
-import pretrain
-import pretrain_loop
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt import MiniGPTForCausalLM
+from hf_minigpt.recipes import chat, generate, pretrain, pretrain_loop
 from hf_minigpt.training.checkpoints.signals import StopSignals
 
 
@@ -64,6 +61,7 @@ def run(command: list[str], **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.smoke
 def test_pretrain_writes_a_model_that_stock_classes_load(pretrained):
     results = json.loads((pretrained / "all_results.json").read_text())
     assert {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "train_tokens_per_second"} <= set(
@@ -132,6 +130,7 @@ def test_a_folder_with_checkpoints_is_refused_before_any_work(recipe, corpus, fo
         recipe.main(arguments)
 
 
+@pytest.mark.smoke
 def test_without_arguments_pretraining_uses_the_tales(folder, monkeypatch):
     """All flags but the size of the job are the defaults."""
     monkeypatch.chdir(folder)

@@ -3,16 +3,12 @@
 import json
 import logging
 
-import finetune_imdb
-import ladder
 import pandas as pd
-import pretrain
-import pretrain_loop
 import pytest
-import sft
 from transformers import AutoModel, AutoTokenizer
 
 from hf_minigpt.data.tales.reviews import tale_reviews
+from hf_minigpt.recipes import finetune_imdb, ladder, pretrain, pretrain_loop, sft
 
 
 QUICK = ["--cpu_threads", "1", "--disable_tqdm", "true", "--max_steps", "2", "--save_strategy", "no"]
@@ -90,7 +86,11 @@ def fail(*args, **kwargs):
     raise RuntimeError("made to fail")
 
 
-@pytest.mark.parametrize("recipe", STEPS, ids=lambda recipe: recipe.__name__)
+def recipe_name(recipe):
+    return recipe.__name__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("recipe", STEPS, ids=recipe_name)
 def test_a_step_that_fails_leaves_a_warning(recipe, shared, tmp_path, monkeypatch, caplog):
     for name, _ in STEPS[recipe]:
         monkeypatch.setattr(name if "." in name else f"{recipe.__name__}.{name}", fail)
@@ -102,7 +102,7 @@ def test_a_step_that_fails_leaves_a_warning(recipe, shared, tmp_path, monkeypatc
     assert not (tmp_path / "README.md").exists()
 
 
-@pytest.mark.parametrize("recipe", FIGURES, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", FIGURES, ids=recipe_name)
 def test_a_card_shows_only_pictures_that_exist(recipe, shared, tmp_path, monkeypatch, caplog):
     figures = "hf_minigpt.classification.results.draw_figures"
     monkeypatch.setattr(figures if recipe is finetune_imdb else f"{recipe.__name__}.plot_losses", fail)
@@ -114,7 +114,9 @@ def test_a_card_shows_only_pictures_that_exist(recipe, shared, tmp_path, monkeyp
     assert "## Results" in card and ".png" not in card
 
 
-@pytest.mark.parametrize("recipe", [pretrain, finetune_imdb, sft], ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize(
+    "recipe", [pretrain, finetune_imdb, sft], ids=lambda recipe: recipe.__name__.rpartition(".")[2]
+)
 def test_tokens_and_answers_are_optional(recipe, shared, tmp_path, caplog):
     answers = ["--eval_answers", "0"] if recipe is sft else []
     shared = {recipe: [*shared[recipe], "--include_num_input_tokens_seen", "false", *answers]}

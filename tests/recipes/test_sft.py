@@ -6,15 +6,13 @@ import shlex
 import shutil
 from pathlib import Path
 
-import chat
 import pytest
-import sft
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt.adapters import load_causal_lm
-from hf_minigpt.recipes import pretrain
+from hf_minigpt.recipes import chat, pretrain, sft
 from hf_minigpt.tokenization import check_tokenizer_fits
 
 
@@ -58,6 +56,7 @@ def flags(base, records, output, *more):
     return ["--model", str(base), "--dataset", str(records), "--output_dir", str(output), *QUICK, *more]
 
 
+@pytest.mark.smoke
 def test_a_finetuned_model_answers_and_stops(base, records, folder, capsys):
     output = folder / "assistant"
     more = [

@@ -4,10 +4,10 @@ import json
 import shlex
 from pathlib import Path
 
-import pretrain
 import pytest
 
 from hf_minigpt.data.tales.grammar import tales
+from hf_minigpt.recipes import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import sqlite3
 import sys
 from pathlib import Path
 
-import pretrain
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_minigpt.recipes import pretrain
 
 
 SMALL = shlex.split(

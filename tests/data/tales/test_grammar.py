@@ -29,6 +29,7 @@ def sample() -> list[grammar.Tale]:
     return [generate_tale(rng) for _ in range(1200)]
 
 
+@pytest.mark.smoke
 def test_parsed_text_has_the_probability_of_its_generation(sample):
     for tale in sample:
         assert log2_probability(tale.text) == pytest.approx(tale.log2_probability, abs=1e-9)

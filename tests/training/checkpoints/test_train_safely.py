@@ -89,6 +89,7 @@ def run_folder(finished, tmp_path):
 # Exact resume
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "step", [7, 21, 28, 49, STEPS], ids=["early", "epoch_end", "second_epoch", "late", "finished"]
 )
