@@ -19,6 +19,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.flags import number
+from hf_minigpt.sampling import add_sampling_flags, sampling_options
 from hf_minigpt.tokenization import load_tokenizer
 from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
@@ -66,25 +67,11 @@ def main(argv: Sequence[str] | None = None) -> Messages:
     parser.add_argument(
         "--max_new_tokens", type=number(int, least=1), help="longest answer; default: 128, at most half the context"
     )
-    parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.7, help="lower: more predictable; default: 0.7"
-    )
-    parser.add_argument(
-        "--top_k", type=number(int, least=0), default=0, help="sample from the k most likely tokens; 0: from all"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=number(float, above=0, most=1),
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities sum to p",
-    )
-    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="makes sampled answers repeatable")
+    add_sampling_flags(parser, temperature=0.7)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
-    if not args.greedy and args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the most likely answer.")
+    sampling = sampling_options(parser, args)
 
     use_all_cores()
     if args.seed is not None:
@@ -103,13 +90,11 @@ def main(argv: Sequence[str] | None = None) -> Messages:
         )
     end_ids = model.generation_config.eos_token_id
     end_ids = set([end_ids] if isinstance(end_ids, int) else end_ids or []) | {tokenizer.eos_token_id}
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     config = GenerationConfig(
-        do_sample=not args.greedy,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(end_ids),
         pad_token_id=tokenizer.pad_token_id,
-        **({} if args.greedy else sampling),
+        **sampling,
     )
 
     def answer(messages: Messages) -> Messages:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from hf_minigpt.adapters import load_causal_lm
 from hf_minigpt.flags import number
+from hf_minigpt.sampling import add_sampling_flags, sampling_options
 from hf_minigpt.tokenization import encode_prompt, load_tokenizer
 from hf_minigpt.training.processes import use_all_cores
 from hf_minigpt.training.safeguards import allow_any_output
@@ -76,25 +77,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument(
         "--max_new_tokens", type=number(int, least=1), default=200, help="number of tokens to generate; default: 200"
     )
-    parser.add_argument(
-        "--temperature", type=number(float, least=0), default=0.8, help="lower: more predictable; default: 0.8"
-    )
-    parser.add_argument(
-        "--top_k", type=number(int, least=0), default=0, help="sample from the k most likely tokens; 0: from all"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=number(float, above=0, most=1),
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities sum to p",
-    )
-    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), help="makes sampled text repeatable")
+    add_sampling_flags(parser, temperature=0.8)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
     allow_any_output()
-    if not args.greedy and args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0. Use --greedy for the most likely text.")
+    sampling = sampling_options(parser, args)
 
     use_all_cores()
     if args.seed is not None:
@@ -102,12 +89,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     model = load_causal_lm(args.model, trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     config = GenerationConfig(
-        do_sample=not args.greedy,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **({} if args.greedy else sampling),
+        **sampling,
     )
 
     ids = encode_prompt(tokenizer, args.prompt)

@@ -1,8 +1,10 @@
 """Generate answers to held-out prompts and compare them with the expected ones."""
 
+import contextlib
+import logging
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,21 @@ class Answer:
 
 
 @torch.no_grad()
+@contextlib.contextmanager
+def _without_length_reminder() -> Iterator[None]:
+    """Hide transformers' reminder that a batch exceeds the context: a rotary model answers its longest prompts so."""
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "friendly reminder" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
@@ -68,14 +85,15 @@ def generate_answers(
         if config.position_embedding_type == "learned":
             # + 1: the last token is generated but not fed back
             num_new_tokens = min(num_new_tokens, config.max_position_embeddings + 1 - prompt_length)
-        output = model.generate(
-            **padded.to(model.device),
-            max_new_tokens=num_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with _without_length_reminder():
+            output = model.generate(
+                **padded.to(model.device),
+                max_new_tokens=num_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         for i, ids in zip(batch, output[:, prompt_length:].tolist(), strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             answers[i] = Answer(conversations[i], text, tokenizer.eos_token_id in ids)

@@ -90,7 +90,10 @@ def tokenize_conversations(
     for start in range(0, len(conversations), TOKENIZER_BATCH_SIZE):
         batch = conversations[start : start + TOKENIZER_BATCH_SIZE]
         messages = [[dict(message) for message in conversation.messages] for conversation in batch]
-        rendered: Any = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        # not verbose: records beyond the model's length are counted here, without the tokenizer's warning
+        rendered: Any = tokenizer.apply_chat_template(
+            messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
         for conversation, tokens, mask in zip(batch, rendered["input_ids"], rendered["assistant_masks"], strict=True):
             if len(tokens) - 1 > max_length:
                 if counts is not None:
