@@ -142,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         save_results()
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         shown |= {"tokens_per_second": metrics["train_tokens_per_second"]}
-        prompt = shlex.quote(" ".join(sample.split()[:2]))
-        commands = [f"{command_for('generate')} {args.output_dir} --prompt {prompt}"]
+        prompt = " ".join(sample.split()[:2])
+        # a young model also writes control characters
+        prompt = prompt if prompt.isprintable() else "Once upon a time"
+        commands = [f"{command_for('generate')} {args.output_dir} --prompt {shlex.quote(prompt)}"]
         print_sample(sample)
         print_summary(format_metrics(shown), args.output_dir, ["README.md", "loss.png"], commands)
     with optional("pushing to the Hub"):

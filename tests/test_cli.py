@@ -192,7 +192,7 @@ def test_an_installed_wheel_trains_and_generates(wheel, environment, tmp_path):
     printed = run_outside(
         python, tmp_path, command, "pretrain", *TINY, "--output_dir", "out", "--cache_dir", str(tmp_path / "cache")
     )
-    assert (tmp_path / "out/README.md").is_file() and "Next:" in printed
+    assert (tmp_path / "out/README.md").is_file() and "\nNext\n  hf-minigpt generate out --prompt " in printed
     arguments = ["out", "--prompt", "Once", "--greedy", "--max_new_tokens", "4"]
     text = run_outside(python, tmp_path, command, "generate", *arguments)
     assert text.startswith("Once")
