@@ -49,25 +49,17 @@ def check_streaming(data_args: DataArguments, args: PretrainArguments) -> None:
 
 def open_documents(args: DataArguments) -> Documents | ShardedDocuments:
     """Open the dataset of the flags."""
+    options: dict[str, Any] = {
+        "config_name": args.dataset_config,
+        "split": args.train_split,
+        "text_column": args.text_column,
+        "join_sentences": args.join_sentences,
+        "document_separator": args.document_separator,
+    }
     if args.streaming:
         assert args.dataset is not None
-        return stream_documents(
-            args.dataset,
-            config_name=args.dataset_config,
-            split=args.train_split,
-            text_column=args.text_column,
-            join_sentences=args.join_sentences,
-            document_separator=args.document_separator,
-        )
-    return load_documents(
-        args.dataset,
-        config_name=args.dataset_config,
-        split=args.train_split,
-        text_column=args.text_column,
-        join_sentences=args.join_sentences,
-        document_separator=args.document_separator,
-        max_examples=args.max_examples,
-    )
+        return stream_documents(args.dataset, **options)
+    return load_documents(args.dataset, **options, max_examples=args.max_examples)
 
 
 def given_tokenizer(args: ModelArguments) -> PreTrainedTokenizerFast:
