@@ -45,6 +45,8 @@ def online(hub, monkeypatch, tmp_path):
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace("https://huggingface.co", hub.url))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    # transformers keeps one client for the whole process; one that an earlier test created asks huggingface.co.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     for name, value in (
         ("HF_ENDPOINT", hub.url),
         ("HF_HUB_OFFLINE", False),
