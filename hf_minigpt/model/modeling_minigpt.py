@@ -81,6 +81,8 @@ def branch_std(config: MiniGPTConfig) -> float:
 
 
 class MiniGPTAttention(nn.Module):
+    head_mask: torch.Tensor | None  # (H, 1)
+
     def __init__(self, config: MiniGPTConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -92,7 +94,8 @@ class MiniGPTAttention(nn.Module):
         # Copied, because reading a config takes microseconds, which matter when a small model decodes.
         self.dropout = config.attn_pdrop
         self.norm_eps = config.layer_norm_epsilon if config.qk_norm else None
-        self.head_mask = config.head_mask[layer_idx] if config.head_mask is not None else None
+        head_mask = None if config.head_mask is None else torch.tensor(config.head_mask[layer_idx]).float()[:, None]
+        self.register_buffer("head_mask", head_mask, persistent=False)
 
         inner_size = config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
@@ -130,12 +133,13 @@ class MiniGPTAttention(nn.Module):
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         if self.norm_eps is not None:
-            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps)
+            # Autocast norms in float32.
+            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps).type_as(query)
+            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps).type_as(key)
         return query, key
 
     def scale_heads(self, output: torch.Tensor) -> torch.Tensor:
-        return output if self.head_mask is None else output * output.new_tensor(self.head_mask)[:, None]
+        return output if self.head_mask is None else output * self.head_mask.type_as(output)
 
 
 class MiniGPTMLP(nn.Module):
@@ -207,6 +211,8 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
         # Per linear layer: transformers never initializes a container without parameters in custom code.
         if isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)  # type: ignore[arg-type]
+        elif isinstance(module, MiniGPTAttention) and module.head_mask is not None:
+            init.copy_(module.head_mask, torch.tensor(module.config.head_mask[module.layer_idx])[:, None])
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
