@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -299,13 +299,15 @@ def document_boundaries(inputs_embeds, attention_mask, position_ids, kwargs) -> 
         )
     if position_ids is not None:
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(inputs_embeds.device, torch.bool)
     return find_lengths(attention_mask, position_ids)
 
 
 @torch.compiler.disable(reason="The lengths of documents depend on values. Give cu_seq_lens_q, cu_seq_lens_k, ...")
 def find_lengths(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> dict[str, Any] | None:
     """
-    As `document_boundaries`, from a mask (B, T), positions (B, T), or both. It waits for the GPU once.
+    As `document_boundaries`, from a boolean mask (B, T), positions (B, T), or both. It waits for the GPU once.
 
     Raises:
         ValueError: padding interrupts a document of a packed row.
@@ -317,15 +319,15 @@ def find_lengths(attention_mask: torch.Tensor | None, position_ids: torch.Tensor
     if attention_mask is None:
         starts = starts.cpu()
     else:
-        is_text = attention_mask.bool()
         # The last text before each position, from which a document may go on after padding.
-        index = torch.arange(is_text.shape[1], device=is_text.device).where(is_text, -1)
+        index = torch.arange(attention_mask.shape[1], device=attention_mask.device).where(attention_mask, -1)
         last = F.pad(index.cummax(-1).values[:, :-1], (1, 0), value=-1)
-        starts &= is_text & (last >= 0)
+        follows_text = attention_mask & (last >= 0)
+        starts &= follows_text
         if position_ids is not None:
             starts &= position_ids != position_ids.gather(-1, last.clamp(min=0)) + 1
-        alternates = F.pad(is_text.diff(dim=-1), (1, 0))
-        resumes = alternates & is_text & ~starts & (last >= 0)
+        alternates = F.pad(attention_mask.diff(dim=-1), (1, 0))
+        resumes = alternates & follows_text & ~starts
         starts, alternates, resumes = torch.stack((starts, alternates, resumes)).cpu()
         if resumes.any():
             if starts.any():
@@ -366,10 +368,11 @@ def kernels_for_packed_rows(model, inputs_embeds: torch.Tensor) -> list[str]:
 
 
 @torch.compiler.assume_constant_result
-def installed_kernels(device_index: int) -> list[str]:
+@cache
+def installed_kernels(device_index: int) -> tuple[str, ...]:
     has_flash = torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None
     has_varlen = has_flash and torch.cuda.get_device_capability(device_index) >= (8, 0)
-    return ["varlen"] * has_varlen + ["flex"] * (find_spec("triton") is not None)
+    return ("varlen",) * has_varlen + ("flex",) * (find_spec("triton") is not None)
 
 
 def flex_mask(document_ids: torch.Tensor) -> Any:

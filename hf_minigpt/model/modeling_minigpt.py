@@ -117,6 +117,7 @@ class MiniGPTAttention(nn.Module):
         key = project(self.k_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         value = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         query, key = self.rotate_and_norm(query, key, position_embeddings)
+        query, key = query.type_as(value), key.type_as(value)  # Autocast normalizes in float32.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
@@ -133,9 +134,8 @@ class MiniGPTAttention(nn.Module):
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         if self.norm_eps is not None:
-            # Autocast norms in float32.
-            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps).type_as(query)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps).type_as(key)
+            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps)
+            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps)
         return query, key
 
     def scale_heads(self, output: torch.Tensor) -> torch.Tensor:
@@ -203,6 +203,11 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    # Every process computes them, and dynamic ones may differ, so that DDP must not broadcast them in each step.
+    _ddp_params_and_buffers_to_ignore = [
+        *("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"),
+        *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
+    ]
     _can_record_outputs = {"hidden_states": MiniGPTBlock, "attentions": MiniGPTAttention}
 
     @torch.no_grad()
@@ -277,7 +282,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 document begins, and attention does not cross into it.
             token_type_ids: (B, T) ids whose token embeddings are added (GPT-1, GPT-2).
             past_key_values: a cache, which may have any name.
-            kwargs: arguments of the attention function. Any other argument is a TypeError.
+            kwargs: arguments of the attention function. Any other argument is a TypeError. With `cu_seq_lens_q` and
+                `_k`, `max_length_q` and `_k`, a GPU need not search `position_ids` for documents.
         """
         past_key_values = prepare_cache(self, past_key_values, use_cache, kwargs)
         check_arguments(self.config, input_ids, inputs_embeds, position_ids, kwargs)
