@@ -355,12 +355,8 @@ def kernels_for_packed_rows(model, inputs_embeds: torch.Tensor) -> list[str]:
         return []
     kernels = installed_kernels(inputs_embeds.device.index)
     if model.training and config.attn_pdrop > 0:
-        if kernels and not is_tracing(inputs_embeds):
-            logger.warning_once(
-                f"attn_pdrop={config.attn_pdrop}: packed rows use a dense mask, of T * T numbers a row, because "
-                "torch's faster kernels for them have no dropout. Set attn_pdrop=0.0, or use "
-                "attn_implementation='flash_attention_2'."
-            )
+        if kernels:
+            warn_of_dense_mask(config.attn_pdrop)
         return []
     is_half = product_dtype(inputs_embeds) in (torch.float16, torch.bfloat16)
     fits = {"varlen": is_half and config.head_dim % 8 == 0 and config.head_dim <= 256, "flex": config.head_dim >= 16}
@@ -375,12 +371,21 @@ def installed_kernels(device_index: int) -> tuple[str, ...]:
     return ("varlen",) * has_varlen + ("flex",) * (find_spec("triton") is not None)
 
 
+# A graph cannot warn, but the function is called when it is traced.
+@torch.compiler.assume_constant_result
+def warn_of_dense_mask(attn_pdrop: float) -> None:
+    logger.warning_once(
+        f"attn_pdrop={attn_pdrop}: packed rows use a dense mask, of T * T numbers a row, because torch's faster "
+        "kernels for them have no dropout. Set attn_pdrop=0.0, or use attn_implementation='flash_attention_2'."
+    )
+
+
 def flex_mask(document_ids: torch.Tensor) -> Any:
     """Return the mask with which flex attention is causal within documents (B, T)."""
     batch_size, length = document_ids.shape
     is_visible = and_masks(causal_mask_function, packed_sequence_mask_function(document_ids))
     # Compiled, it needs no tensor of T * T numbers a row. Transformers' own call of it breaks a graph.
-    build = create_block_mask if is_tracing(document_ids) else torch.compile(create_block_mask)
+    build = torch.compile(create_block_mask)
     return build(is_visible, batch_size, None, length, length, device=document_ids.device)
 
 

@@ -428,9 +428,16 @@ def test_graph_breaks_where_lengths_are_not_given(attention, places, kernels, mo
     assert {reason.user_stack[-1].name for reason in explained.break_reasons} == places
 
 
-def test_the_choice_of_kernels_is_a_constant_in_a_graph():
+def test_kernels_are_chosen_and_warned_of_while_compiling(monkeypatch):
+    """Dynamo traces neither the queries of the device nor a warning."""
+    warned = []
+    monkeypatch.setattr(attention_minigpt.logger, "warning_once", warned.append)
+
+    def choose(x):
+        attention_minigpt.warn_of_dense_mask(0.25)
+        return x + ("varlen" in attention_minigpt.installed_kernels(0))
+
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: x + ("varlen" in attention_minigpt.installed_kernels(0)), fullgraph=True, backend="eager"
-    )
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == float("varlen" in attention_minigpt.installed_kernels(0))
+    assert len(warned) == 1 and "attn_pdrop=0.25" in warned[0]

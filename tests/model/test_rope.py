@@ -173,6 +173,17 @@ def test_frequencies_stay_float32(name, cast, tmp_path):
                 assert torch.equal(ours, exact.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rotates_in_its_dtype(dtype):
+    rotary = MiniGPTForCausalLM(rope_config()).model.rotary_emb
+    inputs, positions = torch.zeros(1, 1000, 8), torch.arange(1000)[None]
+    expected = rotary(inputs, positions)
+    with torch.autocast("cpu", dtype):
+        for ours, exact in zip(rotary(inputs, positions), expected, strict=True):
+            assert torch.equal(ours, exact.to(dtype))
+        assert rotary(inputs.double(), positions)[0].dtype == torch.float64
+
+
 @torch.no_grad()
 def test_a_bfloat16_model_scores_late_positions_as_a_float32_one():
     """Within bfloat16's error, of which weights that bfloat16 represents leave only that of its arithmetic."""
