@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import flash_attention_mask
@@ -369,6 +370,19 @@ def test_the_kernel_for_packed_rows_on_a_gpu(dtype, installed, options, expected
     assert called == [expected] * 2
     assert len(set(warned)) == (options["attn_pdrop"] > 0)
     assert all("attn_pdrop=0.1" in text and "Set attn_pdrop=0.0" in text for text in warned)
+
+
+def test_variable_length_attention_takes_its_arguments():
+    """Torch's own function, by shapes alone: its kernel exists on a GPU only."""
+    with FakeTensorMode():
+        query, key, value = (torch.empty(4, 14, 3, 16, dtype=BFLOAT16, requires_grad=True) for _ in range(3))
+        bounds = torch.empty(9, dtype=torch.int32)
+        lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 14, "max_length_k": 14}
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        output, _ = attention_minigpt.varlen_attention(None, *heads, None, scaling=0.5, dropout=0.0, **lengths)
+        output.sum().backward()
+    assert output.shape == query.shape
+    assert all(x.grad.shape == x.shape for x in (query, key, value))
 
 
 def test_flex_attention_refuses_dropout():
