@@ -92,7 +92,9 @@ def select_positions(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -
 def pop_loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments of `causal_lm_loss` out of `kwargs`."""
     return {
-        name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in kwargs
+        name: kwargs.pop(name)
+        for name in ("num_items_in_batch", "shift_labels", "ignore_index", "num_targets")
+        if name in kwargs
     }
 
 
@@ -196,6 +198,7 @@ def causal_lm_loss_without_logits(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    num_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Compute `causal_lm_loss` of a head that `can_skip_logits` on hidden states (B, T, C), without holding all logits.
@@ -220,6 +223,7 @@ def causal_lm_loss_without_logits(
             num_ids=num_ids,
             ignore_index=ignore_index,
             count_correct=count_correct,
+            num_targets=num_targets,
         )
 
     loss, num_correct = apply_to_weight(lm_head, hidden_states.flatten(0, 1), compute_loss)
@@ -686,6 +690,7 @@ def linear_cross_entropy(
     num_ids: int | None = None,
     ignore_index: int = -100,
     count_correct: bool = False,
+    num_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Sum the cross entropies of `finish_logits(hidden @ weight.T + bias)`, without holding all logits.
@@ -694,27 +699,31 @@ def linear_cross_entropy(
         hidden: (N, D), any floating dtype. Under autocast the products use autocast's dtype.
         weight: (V, D).
         bias: (V,) or None.
-        targets: (N,) token ids. Rows whose target is `ignore_index` are skipped.
+        targets: (N,) token ids. Rows whose target is `ignore_index` count nothing; a CPU skips them.
         row_weights: (N,) factor of each row's loss; None for 1.
         divisor: divisor of the sum.
         softcap, num_ids: as in `finish_logits`.
+        num_targets: number of targets other than `ignore_index`, with which a GPU skips the others, too. It does not
+            count them itself, because the CPU would wait for the result.
 
     Returns:
         The sum divided by the divisor (float32, 0-dim), and the number of targets that are the most likely id (int64,
         0-dim; 0 without `count_correct`).
     """
     in_transform = in_function_transform()
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform:
-        rows = (targets != ignore_index).nonzero().squeeze(1)
-        if rows.numel() < targets.numel():
-            hidden, targets = hidden[rows], targets[rows]
-            row_weights = None if row_weights is None else row_weights[rows]
-    else:
-        # Shapes must not depend on values when compiling or under `torch.func`, and on a GPU the CPU would wait for
-        # them. So ignored rows get weight 0.
-        keep = targets != ignore_index
+    keep, rows = targets != ignore_index, None
+    if not torch.compiler.is_compiling() and not in_transform:
+        if hidden.device.type == "cpu":
+            rows = keep.nonzero().squeeze(1)
+        elif num_targets is not None:
+            rows = torch.nonzero_static(keep, size=num_targets).squeeze(1)
+    if rows is None:
+        # Shapes must not depend on values here, so ignored rows get weight 0.
         row_weights = keep.to(torch.float32) if row_weights is None else row_weights * keep
         targets = targets.where(keep, -1)
+    elif rows.numel() < targets.numel():
+        hidden, targets = hidden[rows], targets[rows]
+        row_weights = None if row_weights is None else row_weights[rows]
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype

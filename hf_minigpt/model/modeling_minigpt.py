@@ -336,7 +336,8 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, FastGenerationMixin):
                 `logits_to_keep`.
             count_correct: also count the labels that are the most likely token.
             kwargs: `shift_labels` (B, T), labels that are already shifted; `num_items_in_batch`, the divisor of the
-                summed loss; `ignore_index`, instead of -100. The rest goes to `MiniGPTModel`.
+                summed loss; `ignore_index`, instead of -100; `num_targets`, the number of labels that are not ignored,
+                with which a GPU skips the others. The rest goes to `MiniGPTModel`.
         """
         loss_kwargs = pop_loss_kwargs(kwargs)
         outputs: BaseModelOutputWithPast = self.model(

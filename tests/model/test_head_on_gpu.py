@@ -9,8 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer
 
 from hf_minigpt import MiniGPTForSequenceClassification
+from hf_minigpt.instructions.trainer import InstructionTrainer
 from hf_minigpt.model import loss_minigpt
 from hf_minigpt.model.loss_minigpt import choose_chunk_rows, chunk_losses, chunk_losses_in_place, linear_cross_entropy
 from tests.pretended_gpu import count_syncs, pretended_gpu, to_cpu, to_gpu
@@ -23,7 +25,7 @@ ROWS, COLUMNS, NUM_IDS = 33, 70, 67
 
 @pytest.fixture
 def compiled_on_cpu(monkeypatch):
-    """Chunks of 16 rows, whose passes are compiled as on a GPU, but without Inductor. Returns their compile counter."""
+    """Chunks of 16 rows, whose passes are compiled as on a GPU, but without Inductor; a counter of compilations."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(chunk_losses, backend=counter, fullgraph=True)
@@ -86,8 +88,13 @@ def test_compiled_chunks_equal_autograd(softcap, with_bias, compiled_on_cpu):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["plain", "autocast", "bfloat16", "model compiled", "float16 under autocast"])
-@pytest.mark.parametrize("name", ["rope", "modern"])
+SETTINGS = ["plain", "autocast", "bfloat16", "float16 under autocast"]
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [(name, setting) for name in ("rope", "modern") for setting in SETTINGS] + [("modern", "model compiled")],
+)
 def test_models_train_with_compiled_chunks(name, setting, compiled_on_cpu):
     ids = random_ids(6, 11)
     labels = ids.clone()
@@ -253,6 +260,43 @@ def test_a_gpu_is_not_waited_for(name, ignored, compiled, monkeypatch):
                 torch.testing.assert_close(to_cpu(loss), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_ignored", [0, 29, 40])
+def test_a_gpu_that_knows_the_number_of_targets_skips_the_other_rows(num_ignored, monkeypatch):
+    hidden, weight, targets = torch.randn(40, 24), torch.randn(COLUMNS, 24), torch.randint(NUM_IDS, (40,))
+    targets[torch.randperm(40)[:num_ignored]] = -100
+    leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    row_weights = torch.rand(40)
+    expected, _ = plain_loss(*leaves, None, targets, row_weights, None)
+    with pretended_gpu():
+        on_gpu = [to_gpu(tensor).requires_grad_() for tensor in (hidden, weight)]
+        targets, row_weights = to_gpu(targets), to_gpu(row_weights)
+        with ProductStrides() as products, count_syncs() as syncs:
+            total, _ = linear_cross_entropy(
+                *on_gpu, None, targets, row_weights=row_weights, num_ids=NUM_IDS, num_targets=40 - num_ignored
+            )
+            total.backward()
+    assert not syncs
+    rows = {shape[0] for shape, _ in products.operands if shape[1:] == (COLUMNS,)} - {24}
+    assert rows == ({40 - num_ignored} if num_ignored < 40 else set())
+    torch.testing.assert_close(to_cpu(total).double(), expected, rtol=1e-5, atol=1e-5)
+    for tensor, gradient in zip(on_gpu, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(to_cpu(tensor.grad).double(), gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_instruction_finetuning_counts_its_targets_once_a_step(monkeypatch):
+    monkeypatch.setattr(Trainer, "get_batch_samples", lambda self, batches, *args: (list(batches), None))
+    trainer = InstructionTrainer.__new__(InstructionTrainer)
+    labels = random_ids(3, 2, 9)
+    labels[0, 0, :4] = labels[1] = -100
+    batches, _ = trainer.get_batch_samples([{"shift_labels": part} for part in labels], 3, torch.device("cpu"))
+    assert all(batch.keys() == {"shift_labels"} for batch in batches)
+    with pretended_gpu(), count_syncs() as syncs:
+        on_gpu = [{"shift_labels": to_gpu(part)} for part in labels]
+        batches, _ = trainer.get_batch_samples(on_gpu, 3, torch.device("cuda"))
+    assert [batch["num_targets"] for batch in batches] == [14, 0, 18]
+    assert sum(syncs.values()) == 1, syncs
+
+
 SHAPES = [(4, 32), (4, 40), (6, 32), (3, 50), (5, 47), (8, 24), (2, 60), (7, 33), (9, 21), (4, 61), (3, 57), (6, 29)]
 
 
@@ -302,9 +346,9 @@ def test_evaluation_and_changing_counts_compile_once_each(chunks_of_64_rows):
             forward(ids, num_items_in_batch=1, **arguments)
     assert counter.frame_count == 2
     model.train()
-    # an int is compiled for its value first, then for any
+    # an int is compiled for its value first, then for any; the number of targets is not read
     for number in range(100, 104):
-        forward(ids, num_items_in_batch=number, **arguments).loss.backward()
+        forward(ids, num_items_in_batch=number, num_targets=number, **arguments).loss.backward()
     assert counter.frame_count <= 4
 
 
