@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt.training.muon import orthogonalize
 from hf_minigpt.training.optimizers import (
     MuonAdamW,
     OptimizerFactory,
     adamw_decaying_matrices,
     hidden_matrices,
     muon_adamw,
-    orthogonalize,
 )
 from tests.tiny import NO_DROPOUT, SIZES, SWITCHES
 
