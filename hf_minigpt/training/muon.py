@@ -20,6 +20,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 Shape = tuple[int, int]
 # Indices of matrices by shape. Those of one shape are orthogonalized in one stack.
 Stacks = dict[Shape, list[int]]
+NewtonSchulz = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -28,7 +29,31 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_bf16 else torch.float32
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Iterate on a stack (N, rows, columns) in its own dtype, with at most as many rows as columns."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # If x is at least twice as wide as high, iterating on x x^T takes half the time. bfloat16 is too coarse for it.
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        return batched_product(_polynomial_of_gram(x, steps), x)
+    for _ in range(steps):
+        x = _add_product(x, _quintic(batched_product(x, x.mT)), x, beta=NEWTON_SCHULZ[0])
+    return x
+
+
+def compiled_newton_schulz(backend: str | Callable) -> NewtonSchulz:
+    """Return `newton_schulz`, compiled with sizes as variables: once for square and once for wide matrices, and again
+    for stacks of a single one."""
+    compiled = torch.compile(newton_schulz, backend=backend)
+
+    def iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
+        x = x.contiguous()
+        torch._dynamo.maybe_mark_dynamic(x, [0, 1, 2])
+        return compiled(x, steps)
+
+    return iterate
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5, iterate: NewtonSchulz = newton_schulz) -> torch.Tensor:
     """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T by Newton-Schulz iterations.
 
     Singular values end near 1, but not exactly at 1. Runs in `iteration_dtype`.
@@ -36,26 +61,16 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     Args:
         matrices: (..., rows, columns). A batch needs one kernel per step instead of one per matrix.
         steps: number of iterations.
+        iterate: `newton_schulz`, or `compiled_newton_schulz(backend)`.
 
     Returns:
         (..., rows, columns), in float32 or bfloat16.
     """
     x = matrices.to(iteration_dtype(matrices.device))
-    return newton_schulz(x.reshape(-1, *x.shape[-2:]), steps).reshape(x.shape)
-
-
-def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Compute `orthogonalize` of a stack (N, rows, columns) in its own dtype. The part that can be compiled."""
     # the products x x^T then have the size of the shorter side
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # If x is at least twice as wide as high, iterating on x x^T takes half the time. bfloat16 is too coarse for it.
-    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
-        x = batched_product(_polynomial_of_gram(x, steps), x)
-    else:
-        for _ in range(steps):
-            x = _add_product(x, _quintic(batched_product(x, x.mT)), x, beta=NEWTON_SCHULZ[0])
+    x = iterate(x.reshape(-1, *x.shape[-2:]), steps).reshape(x.shape)
     return x.mT if transposed else x
 
 
@@ -131,7 +146,7 @@ def orthogonalize_shared(
     layout: Layout,
     device: torch.device,
     max_stack_bytes: int,
-    iterate: Callable[[torch.Tensor], torch.Tensor],
+    orthogonalize: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     """Orthogonalize matrices, each on one process of the layout, in as many rounds as the memory needs.
 
@@ -146,7 +161,7 @@ def orthogonalize_shared(
         layout: how the processes hold the matrices.
         device: device of the matrices.
         max_stack_bytes: as in `MuonAdamW`.
-        iterate: maps a stack (N, rows, columns) to the orthogonalized one.
+        orthogonalize: the function of that name, of a stack (N, rows, columns).
 
     Yields:
         Indices, and their orthogonalized matrices as this process holds them. All processes yield the same indices.
@@ -185,12 +200,12 @@ def orthogonalize_shared(
             pieces = _exchange(held, here, there, layout.shards)
             shards = [unpack(piece, own, i) for i, piece in enumerate(pieces.split(there))]
             for parts in zip(*shards, strict=True):
-                result = iterate(torch.cat(parts, dim=1))
+                result = orthogonalize(torch.cat(parts, dim=1))
                 torch._foreach_copy_(list(parts), result.split([part.shape[1] for part in parts], dim=1))
             held = _exchange(pieces, there, here, layout.shards)
         else:
             for stack in unpack(held, own, shard):
-                stack.copy_(iterate(stack))
+                stack.copy_(orthogonalize(stack))
         results = [held]
         if num_replicas > 1:
             # all replicas must send the same number of elements

@@ -4,6 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
-from .muon import Layout, layout_of, newton_schulz, orthogonalize_shared
+from .muon import (
+    Layout,
+    NewtonSchulz,
+    compiled_newton_schulz,
+    layout_of,
+    newton_schulz,
+    orthogonalize,
+    orthogonalize_shared,
+)
 
 
 Scaling = Literal["original", "moonlight"]
@@ -61,7 +70,7 @@ class MuonAdamW(torch.optim.Optimizer):
     # a copy (copy.deepcopy, pickle) works alone
     process_group: dist.ProcessGroup | None = None
     max_stack_bytes = 2**28
-    _newton_schulz: Callable[[torch.Tensor, int], torch.Tensor] = staticmethod(newton_schulz)
+    _newton_schulz: NewtonSchulz = staticmethod(newton_schulz)
 
     def __init__(
         self,
@@ -110,7 +119,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     )
         self.process_group, self.max_stack_bytes = process_group, max_stack_bytes
         if compile_backend is not None:
-            self._newton_schulz = torch.compile(newton_schulz, dynamic=True, backend=compile_backend)
+            self._newton_schulz = compiled_newton_schulz(compile_backend)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -165,9 +174,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 found.update(zip(indices, map(_full_tensor, lerped), strict=True))
             return _at(found, wanted)
 
-        rounds = orthogonalize_shared(
-            shapes, directions, layout, device, self.max_stack_bytes, lambda x: self._newton_schulz(x, num_iterations)
-        )
+        function = partial(orthogonalize, steps=num_iterations, iterate=self._newton_schulz)
+        rounds = orthogonalize_shared(shapes, directions, layout, device, self.max_stack_bytes, function)
         for wanted, updates in rounds:
             update_of = dict(zip(wanted, updates, strict=True))
             for indices in _split(wanted, lambda i: (id(groups[i]), parameters[i].shape, parameters[i].dtype)):
@@ -176,7 +184,8 @@ class MuonAdamW(torch.optim.Optimizer):
                     scale = math.sqrt(max(1, rows / columns))
                 else:
                     scale = 0.2 * math.sqrt(max(rows, columns))
-                shards = [_shard_like(weights[i], update_of[i].to(parameters[i].dtype)) for i in indices]
+                cast = _cast(_at(update_of, indices), parameters[indices[0]].dtype)
+                shards = [_shard_like(weights[i], update) for i, update in zip(indices, cast, strict=True)]
                 torch._foreach_add_(_at(weights, indices), shards, alpha=-group["lr"] * scale)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
@@ -227,6 +236,15 @@ def _shard_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         return full
     # every process has the full tensor, so that nothing is sent
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    # one kernel for all
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(cast, tensors)
+    return cast
 
 
 def _split(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:

@@ -162,7 +162,7 @@ def bounded() -> list[int]:
     """Elements of the stacks that this process orthogonalizes at once, with room for a few matrices."""
     stacks = []
 
-    def iterate(stack: torch.Tensor) -> torch.Tensor:
+    def function(stack: torch.Tensor) -> torch.Tensor:
         stacks.append(stack.numel())
         return orthogonalize(stack)
 
@@ -170,7 +170,7 @@ def bounded() -> list[int]:
     layout = layout_of(matrices[0], dist.group.WORLD)
     room = 3 * dist.get_world_size() * matrices[0].nbytes
     rounds = orthogonalize_shared(
-        [(16, 16)] * 24, lambda indices: [matrices[i] for i in indices], layout, matrices[0].device, room, iterate
+        [(16, 16)] * 24, lambda indices: [matrices[i] for i in indices], layout, matrices[0].device, room, function
     )
     for indices, updates in rounds:
         assert sum(update.nbytes for update in updates) <= room
