@@ -23,10 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.model.products_minigpt import fast_paths
 from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.training.muon import iteration_dtype, layout_of, orthogonalize, orthogonalize_shared
-from hf_minigpt.training.optimizers import MuonAdamW, optimizer_cls_and_kwargs
+from hf_minigpt.training.optimizers import MuonAdamW, hidden_matrices, optimizer_cls_and_kwargs
+from tests.tiny import tiny_config
 
 
 STEPS = 6
@@ -221,9 +223,19 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def of_the_recipes(folder: Path) -> dict[str, bool]:
-    """Whether the recipes' optimizer shares its work."""
-    kwargs = optimizer_cls_and_kwargs(PretrainArguments(str(folder), use_cpu=True))[1]
-    return {"shared": kwargs["process_group"] is dist.group.WORLD}
+    """Whether the recipes' optimizer shares its work under DDP, where each process has a part of the model, and after
+    FSDP2 has replaced the classes of the modules."""
+    factory, kwargs = optimizer_cls_and_kwargs(PretrainArguments(str(folder), use_cpu=True))
+    model = MiniGPTForCausalLM(tiny_config("modern"))
+    found = {"copies": factory()(model, **kwargs).process_group is dist.group.WORLD}
+    model._tp_size = dist.get_world_size()
+    found["parts"] = factory()(model, **kwargs).process_group is not None
+    names = list(hidden_matrices(model))
+    for module in (model.model.layers[0].self_attn.q_proj, *model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    found["same matrices"] = list(hidden_matrices(model)) == names
+    found["shards"] = all(isinstance(weight, DTensor) for weight in hidden_matrices(model).values())
+    return found
 
 
 def same_everywhere(found: dict[str, torch.Tensor]) -> None:

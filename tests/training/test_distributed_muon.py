@@ -92,8 +92,9 @@ def test_any_number_of_processes_resumes_from_any_other(folder, alone):
         assert_close(weights, alone, name)
 
 
-def test_recipes_share_the_work_under_ddp(folder):
-    assert found_by(folder, 2)["recipes"] == {"shared": True}
+def test_recipes_share_the_work_under_ddp_and_fsdp2(folder):
+    expected = {"copies": True, "parts": False, "same matrices": True, "shards": True}
+    assert found_by(folder, 2)["recipes"] == expected
 
 
 # Which process does what, without processes
