@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.model.products_minigpt import fast_paths
 from hf_minigpt.pretraining.arguments import PretrainArguments
-from hf_minigpt.training.muon import iteration_dtype, layout_of, orthogonalize, orthogonalize_shared
+from hf_minigpt.training.muon import Layout, orthogonalize, orthogonalize_shared
 from hf_minigpt.training.optimizers import MuonAdamW, hidden_matrices, optimizer_cls_and_kwargs
 from tests.tiny import tiny_config
 
@@ -160,26 +160,33 @@ def one_matrix() -> dict[str, torch.Tensor]:
     return train(model, make_optimizer(model, process_group=dist.group.WORLD))
 
 
-def bounded() -> list[int]:
-    """Elements of the stacks that this process orthogonalizes at once, with room for a few matrices."""
-    stacks = []
-
-    def function(stack: torch.Tensor) -> torch.Tensor:
-        stacks.append(stack.numel())
-        return orthogonalize(stack)
-
+def bounded() -> dict[str, list[int]]:
+    """Elements of the stacks that this process orthogonalizes at once, if there is room for three matrices."""
+    world_size = dist.get_world_size()
     matrices = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(24)]
-    layout = layout_of(matrices[0], dist.group.WORLD)
-    room = 3 * dist.get_world_size() * matrices[0].nbytes
-    rounds = orthogonalize_shared(
-        [(16, 16)] * 24, lambda indices: [matrices[i] for i in indices], layout, matrices[0].device, room, function
-    )
-    for indices, updates in rounds:
-        assert sum(update.nbytes for update in updates) <= room
-        for i, update in zip(indices, updates, strict=True):
-            torch.testing.assert_close(update, orthogonalize(matrices[i]), atol=1e-6, rtol=0)
-    assert iteration_dtype(matrices[0].device) == torch.float32
-    return stacks
+    found: dict[str, list[int]] = {"replicated": [], "sharded": []}
+    for name, stacks in found.items():
+        is_sharded = name == "sharded"
+        held = [m.chunk(world_size)[dist.get_rank()] if is_sharded else m for m in matrices]
+
+        def directions(indices: list[int], held: list[torch.Tensor] = held) -> list[torch.Tensor]:
+            return [held[i] for i in indices]
+
+        def function(stack: torch.Tensor, stacks: list[int] = stacks) -> torch.Tensor:
+            stacks.append(stack.numel())
+            return orthogonalize(stack)
+
+        layout = Layout(None, dist.group.WORLD, 0) if is_sharded else Layout(dist.group.WORLD)
+        # each process receives what all replicas have made
+        room = 3 * matrices[0].nbytes * (1 if is_sharded else world_size)
+        rounds = orthogonalize_shared([(16, 16)] * 24, directions, layout, torch.device("cpu"), room, function)
+        for indices, updates in rounds:
+            assert sum(update.nbytes for update in updates) <= room
+            for i, update in zip(indices, updates, strict=True):
+                whole = orthogonalize(matrices[i])
+                expected = whole.chunk(world_size)[dist.get_rank()] if is_sharded else whole
+                torch.testing.assert_close(update, expected, atol=1e-6, rtol=0)
+    return found
 
 
 def shares() -> dict[str, list[int]]:
@@ -251,7 +258,7 @@ def work(rank: int, num_processes: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     init_method = f"file://{folder}/rendezvous_{num_processes}"
     # the time limit ends a job that hangs
-    dist.init_process_group("gloo", init_method, timedelta(seconds=60), num_processes, rank)
+    dist.init_process_group("gloo", init_method, timedelta(seconds=120), num_processes, rank)
     jobs: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
         "replicated": replicated,
         "replicated, little memory": lambda: replicated(max_stack_bytes=5000),

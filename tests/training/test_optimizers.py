@@ -261,11 +261,17 @@ def test_torch_compile_compiles_the_iterations_on_a_gpu():
         assert "compile_backend" not in optimizer_cls_and_kwargs(arguments(**changes))[1]
 
 
-@pytest.mark.parametrize("distributed_type", ["NO", "FSDP", "DEEPSPEED", "XLA"])
-def test_only_copies_of_a_model_share_the_work(distributed_type):
+@pytest.mark.parametrize(
+    ("distributed_type", "shares"),
+    [("MULTI_GPU", True), ("MULTI_CPU", True), ("NO", False), ("FSDP", False), ("DEEPSPEED", False), ("XLA", False)],
+)
+def test_only_copies_of_a_model_share_the_work(distributed_type, shares, monkeypatch):
+    distributed = SimpleNamespace(group=SimpleNamespace(WORLD="all processes"))
+    monkeypatch.setattr("hf_minigpt.training.optimizers.dist", distributed)
     state = SimpleNamespace(distributed_type=SimpleNamespace(value=distributed_type))
-    args = arguments(world_size=2, distributed_state=state)
-    assert optimizer_cls_and_kwargs(args)[1]["process_group"] is None
+    for changes, expected in (({}, shares), ({"world_size": 1}, False), ({"parallelism_config": "tensors"}, False)):
+        args = arguments(**({"world_size": 2, "distributed_state": state} | changes))
+        assert optimizer_cls_and_kwargs(args)[1]["process_group"] == ("all processes" if expected else None)
 
 
 @pytest.mark.parametrize("in_bf16", [True, False], ids=["bf16", "no bf16"])
