@@ -65,7 +65,7 @@ def set_tf32(enabled: bool) -> None:
     Replaces torch's newer switch `torch.backends.fp32_precision`, which transformers sets: with it, reading the older
     `allow_tf32` and `get_float32_matmul_precision` raises an error, and Inductor reads them for max-autotune.
     """
-    torch.backends.fp32_precision = "none"  # type: ignore[assignment]
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("high" if enabled else "highest")
 
 

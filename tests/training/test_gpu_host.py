@@ -7,8 +7,9 @@ from torch import nn
 from transformers.utils.import_utils import enable_tf32
 
 from hf_minigpt import MiniGPTForCausalLM
-from hf_minigpt.training import arguments
 from hf_minigpt.pretraining.arguments import PretrainArguments
+from hf_minigpt.training import arguments, flops
+from hf_minigpt.training.flops import peak_flops_of, peak_flops_per_second
 from hf_minigpt.training.trainer import LanguageModelTrainer
 from tests.tiny import tiny_config
 
@@ -72,3 +73,66 @@ def test_tf32_can_be_read_by_inductor(gpu_host, monkeypatch, tmp_path, tf32, pre
         assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if expected else "ieee")
         # accelerate would enable it for compiled models in fp32
         make_trainer(args, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "fp16", "bf16"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 312),
+        ("NVIDIA A100-PCIE-40GB", 312, 312),
+        ("NVIDIA A100 80GB PCIe", 312, 312),
+        ("NVIDIA H100 80GB HBM3", 989, 989),
+        ("NVIDIA H100 PCIe", 756, 756),
+        ("NVIDIA H100 NVL", 835, 835),
+        ("NVIDIA H200", 989, 989),
+        ("NVIDIA H200 NVL", 835, 835),
+        ("NVIDIA H20", 148, 148),
+        ("NVIDIA GH200 480GB", 989, 989),
+        ("NVIDIA B200", 2250, 2250),
+        ("NVIDIA GB200", 2500, 2500),
+        ("NVIDIA L4", 121, 121),
+        ("NVIDIA L40", 181, 181),
+        ("NVIDIA L40S", 362, 362),
+        ("NVIDIA A10", 125, 125),
+        ("NVIDIA A10G", 70, 70),
+        ("NVIDIA A40", 149.7, 149.7),
+        ("NVIDIA RTX A6000", 154.8, 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2, 364.2),
+        ("NVIDIA GeForce RTX 3090", 71, 71),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5, 209.5),
+        # no bf16
+        ("Tesla T4", 65, None),
+        ("Tesla V100-SXM2-16GB", 125, None),
+        ("Tesla V100-PCIE-32GB", 112, None),
+        ("Tesla V100S-PCIE-32GB", 130, None),
+        # names that contain those of other GPUs
+        ("NVIDIA T400 4GB", None, None),
+        ("NVIDIA T4G", None, None),
+        ("NVIDIA RTX A1000", None, None),
+        ("NVIDIA RTX A4000", None, None),
+        ("NVIDIA A100X", None, None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
+        ("Quadro RTX 6000", None, None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None, None),
+        ("NVIDIA GB10", None, None),
+    ],
+)
+def test_peak_flops_are_of_the_gpu_with_that_name(name, fp16, bf16):
+    for dtype, expected in ((torch.float16, fp16), (torch.bfloat16, bf16), (torch.float32, None)):
+        assert peak_flops_of(name, dtype) == (None if expected is None else expected * 1e12)
+
+
+def test_the_peak_of_an_unknown_gpu_is_measured(gpu_host, monkeypatch):
+    monkeypatch.setattr(flops, "measure_flops_per_second", lambda *args, **kwargs: 1e9)
+    peak_flops_per_second.cache_clear()
+    device = torch.device("cuda:0")
+    assert peak_flops_per_second(device, torch.bfloat16) == 312e12
+    assert peak_flops_per_second(device, torch.float32) == 1e9
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T400 4GB")
+    peak_flops_per_second.cache_clear()
+    assert peak_flops_per_second(device, torch.float16) == 1e9
+    peak_flops_per_second.cache_clear()
