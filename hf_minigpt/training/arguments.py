@@ -323,6 +323,8 @@ class RecipeArguments(TrainingArguments):
 
     `precision="auto"` selects bf16 if the GPU supports it, else fp16 with a loss scaler, and fp32 on a CPU. What
     remains in fp32 uses TF32 where available. `--bf16`, `--fp16` and `--tf32` take precedence.
+
+    A process uses one GPU. For several, start the processes with `accelerate launch` or `torchrun`.
     """
 
     CONDITIONS: ClassVar[dict[str, tuple[Condition, ...]]] = TRAINER_CONDITIONS

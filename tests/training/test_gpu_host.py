@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers.utils.import_utils import enable_tf32
@@ -19,6 +20,7 @@ from hf_minigpt.data.rows import ShuffledDocumentRows
 from hf_minigpt.instructions.arguments import SFTArguments
 from hf_minigpt.instructions.rows import InstructionCollator, PackedRows
 from hf_minigpt.instructions.trainer import InstructionTrainer
+from hf_minigpt.presets import preset
 from hf_minigpt.pretraining.arguments import PretrainArguments
 from hf_minigpt.recipes import pretrain_loop
 from hf_minigpt.training import arguments, flops
@@ -31,6 +33,9 @@ from tests.instructions.tiny_chat import chat_model, tokenized
 from tests.pretended_gpu import count_syncs, pretended_gpu, to_gpu
 from tests.programs.distributed_training import open_store
 from tests.tiny import tiny_config
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -270,3 +275,34 @@ def test_a_step_of_the_loop_does_not_wait_for_the_gpu(gpu_host, monkeypatch, tmp
         pretrain_loop.main(argv)
     for before, after in itertools.pairwise(totals):
         assert not outside_the_model(after - before)
+
+
+CONFIGS = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/configs").glob("*.yaml")]
+# each architecture once
+COMPILED = sorted(
+    {
+        (values["preset"], values.get("activation_checkpointing", False))
+        for values in CONFIGS
+        if values.get("torch_compile")
+    }
+)
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), COMPILED)
+def test_the_models_of_configs_that_compile_are_one_graph(name, checkpointing):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"intermediate_size": 64, "vocab_size": 320, "max_position_embeddings": 32}
+    model = MiniGPTForCausalLM(preset(name, **sizes)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(0, 320, (2, 33))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    gradients = []
+    torch.compiler.reset()
+    options = {"num_items_in_batch": torch.tensor(64), "skip_logits": True, "count_correct": True, "use_cache": False}
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        torch.manual_seed(0)
+        forward(**batch, **options).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
