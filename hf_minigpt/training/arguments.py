@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, parse_flag_from_env
 from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
@@ -414,6 +414,8 @@ class RecipeArguments(TrainingArguments):
             )
         if self.learning_rate is None:
             self.learning_rate = 8e-3 if self.optimizer == "muon" else 1e-3
+        # set by `accelerate launch --cpu`, also on a host with a GPU
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         self._choose_precision()
         if not torch.accelerator.is_available() and not self.bf16:
             # otherwise two processes of torchrun on a CPU would train separately, without a process group

@@ -79,6 +79,12 @@ def test_without_a_launcher_one_of_several_gpus_is_used(gpu_host, tmp_path, caps
     assert "one of 4 GPUs" in line and "accelerate launch --config_file recipes/launch/ddp.yaml" in line
 
 
+def test_a_launch_on_the_cpu_of_a_gpu_host_is_in_fp32(gpu_host, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    args = PretrainArguments(str(tmp_path))
+    assert (args.device.type, args.n_gpu, args.bf16, args.tf32) == ("cpu", 0, False, None)
+
+
 def test_the_trainer_wraps_no_model_in_data_parallel(gpu_host, monkeypatch, tmp_path):
     trainer = make_trainer(PretrainArguments(str(tmp_path), eval_strategy="no"), monkeypatch)
     assert not isinstance(trainer._wrap_model(trainer.model, training=True), nn.DataParallel)
