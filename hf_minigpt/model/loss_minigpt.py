@@ -1,5 +1,6 @@
 """Logits and losses: of the language model, with and without holding the logits, and of the classifier."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils.import_utils import is_tracing
 from .products_minigpt import (
     fast_paths_enabled,
     in_function_transform,
+    is_fsdp_linear,
     is_plain_linear,
     linear,
     onednn_product,
@@ -153,6 +155,29 @@ def count_correct_labels(logits, labels, shift_labels=None, ignore_index: int = 
     return (logits.argmax(-1) == targets).sum()
 
 
+def can_skip_logits(lm_head: nn.Module) -> bool:
+    """Return whether the loss may be computed from the head's weight: a plain linear layer, also sharded by FSDP2."""
+    return is_plain_linear(lm_head) or is_fsdp_linear(lm_head)
+
+
+def apply_to_weight(lm_head: nn.Module, hidden_states: torch.Tensor, function: Callable):
+    """Return `function(hidden_states, weight, bias)` of a head that `can_skip_logits`, with its whole weight."""
+    if is_plain_linear(lm_head):
+        return function(hidden_states, lm_head.weight, lm_head.bias)
+    return _apply_to_gathered_weight(lm_head, hidden_states, function)
+
+
+@torch.compiler.disable
+def _apply_to_gathered_weight(lm_head, hidden_states, function):
+    # The function takes the place of `forward`, so that FSDP2's own hooks gather the weight before it and shard it
+    # after it, and gather and reduce in the backward pass, whichever modules share the weight or its group.
+    lm_head.forward = lambda hidden_states: function(hidden_states, lm_head.weight, lm_head.bias)
+    try:
+        return lm_head(hidden_states)
+    finally:
+        del lm_head.forward
+
+
 def causal_lm_loss_without_logits(
     lm_head: nn.Linear,
     hidden_states: torch.Tensor,
@@ -165,7 +190,7 @@ def causal_lm_loss_without_logits(
     shift_labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Compute `causal_lm_loss` of a plain linear head on hidden states (B, T, C), without holding all logits.
+    Compute `causal_lm_loss` of a head that `can_skip_logits` on hidden states (B, T, C), without holding all logits.
 
     Returns:
         The loss, and with `count_correct` the number of labels that are the most likely token (else None).
@@ -174,17 +199,22 @@ def causal_lm_loss_without_logits(
     targets = targets.to(hidden_states.device)  # (B * T,)
     num_ids = config.unpadded_vocab_size
     check_labels(targets, lm_head.out_features if num_ids is None else num_ids, ignore_index)
-    loss, num_correct = linear_cross_entropy(
-        hidden_states.flatten(0, 1),
-        lm_head.weight,
-        lm_head.bias,
-        targets,
-        divisor=loss_divisor(num_items_in_batch, targets, ignore_index),
-        softcap=config.final_logit_softcapping,
-        num_ids=num_ids,
-        ignore_index=ignore_index,
-        count_correct=count_correct,
-    )
+    divisor = loss_divisor(num_items_in_batch, targets, ignore_index)
+
+    def compute_loss(hidden_states, weight, bias):
+        return linear_cross_entropy(
+            hidden_states,
+            weight,
+            bias,
+            targets,
+            divisor=divisor,
+            softcap=config.final_logit_softcapping,
+            num_ids=num_ids,
+            ignore_index=ignore_index,
+            count_correct=count_correct,
+        )
+
+    loss, num_correct = apply_to_weight(lm_head, hidden_states.flatten(0, 1), compute_loss)
     return loss, num_correct if count_correct else None
 
 
@@ -214,17 +244,15 @@ def auxiliary_lm_loss(
     lengths = (targets != -100).sum(-1, keepdim=True).clamp(min=1)
     row_weights = (1 / lengths).expand_as(targets).flatten()
     hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
-    if is_plain_linear(lm_head):
-        total, _ = linear_cross_entropy(
-            hidden_states,
-            lm_head.weight,
-            lm_head.bias,
-            targets,
-            row_weights=row_weights,
-            softcap=config.final_logit_softcapping,
-            num_ids=config.unpadded_vocab_size,
-        )
-        return total
+    if can_skip_logits(lm_head):
+
+        def compute_loss(hidden_states, weight, bias):
+            softcap, num_ids = config.final_logit_softcapping, config.unpadded_vocab_size
+            return linear_cross_entropy(
+                hidden_states, weight, bias, targets, row_weights=row_weights, softcap=softcap, num_ids=num_ids
+            )
+
+        return apply_to_weight(lm_head, hidden_states, compute_loss)[0]
     logits = compute_logits(lm_head, hidden_states, config).float()
     return (F.cross_entropy(logits, targets, reduction="none") * row_weights).sum()
 
