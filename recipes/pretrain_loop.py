@@ -15,9 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin, send_to_device
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerState, get_scheduler, set_seed
 
@@ -37,15 +39,24 @@ from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, check_resu
 from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.console import describe_model, describe_plan, print_header, print_sample, print_summary
 from hf_minigpt.training.evaluation import evaluate_language_model, sample_texts
-from hf_minigpt.training.loading import build_model, context_length
+from hf_minigpt.training.loading import build_model, context_length, whole_model
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
-from hf_minigpt.training.processes import check_writable, end_training, print_once, use_all_cores
+from hf_minigpt.training.processes import (
+    check_writable,
+    end_training,
+    print_once,
+    use_all_cores,
+    use_exact_reductions,
+    with_own_class,
+)
 from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.settings import save_settings
 
 
 Batch = dict[str, torch.Tensor]
+# Losses are read from the device after this many steps, and before evaluations and checkpoints. Reading waits for it.
+READ_EVERY = 100
 
 
 def endless_batches(
@@ -54,6 +65,7 @@ def endless_batches(
     generator: torch.Generator,
     seed: int,
     first: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Yield batches epoch after epoch, beginning with batch `first`. The order of an epoch depends on its number."""
     first_epoch, skipped = divmod(first, len(loader))
@@ -62,7 +74,9 @@ def endless_batches(
         loader.set_epoch(epoch)
         # the generator of the sampler and the loader, which would otherwise draw from the generator of the dropout
         generator.manual_seed(seed + epoch)
-        yield from skip_first_batches(loader, skipped if epoch == first_epoch else 0)
+        for batch in skip_first_batches(loader, skipped if epoch == first_epoch else 0):
+            # from pinned memory, without waiting for the device
+            yield send_to_device(batch, device, non_blocking=loader.pin_memory)
 
 
 def check_loop_possible(args: PretrainArguments) -> None:
@@ -77,7 +91,7 @@ def check_loop_possible(args: PretrainArguments) -> None:
         )
     if args.optimizer == "trainer":
         raise ValueError("optimizer='trainer': this loop has no Trainer. Set muon or adamw.")
-    for name in ("load_best_model_at_end", "auto_find_batch_size", "torch_compile", "neftune_noise_alpha"):
+    for name in ("load_best_model_at_end", "auto_find_batch_size", "neftune_noise_alpha"):
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)}: this loop does not support it. Leave it out.")
 
@@ -95,7 +109,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     documents = open_documents(data_args)
     prepare_push(args)
     mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=args.use_cpu)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=args.use_cpu,
+        # the loop moves the model and the batches
+        device_placement=False,
+        dynamo_plugin=TorchDynamoPlugin(args.torch_compile_backend, args.torch_compile_mode),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=bool(args.ddp_broadcast_buffers))],
+    )
+    args.apply_tf32()
+    use_exact_reductions(accelerator)
     with accelerator.local_main_process_first():
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
 
@@ -105,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     collator = LanguageModelCollator(tokenizer.pad_token_id, num_ids(tokenizer))
     generator = torch.Generator().manual_seed(args.seed)
     options = {"sampler": RandomSampler(rows, generator=generator), "generator": generator, "drop_last": True}
-    loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, **options)
+    pin_memory = args.dataloader_pin_memory and accelerator.device.type == "cuda"
+    loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, pin_memory=pin_memory, **options)
     model = build_model(model_args, tokenizer).to(accelerator.device)
     factory_and_kwargs = optimizer_cls_and_kwargs(args)
     assert factory_and_kwargs is not None
@@ -145,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         },
     )
     history: list[dict[str, float]] = []
+    unread: list[dict[str, Any]] = []
     losses = LossGuard(args.output_dir)
     start = time.perf_counter()
 
@@ -170,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             step, history = state["step"], state["history"]
             scheduler.load_state_dict(state["scheduler"])
         tokens_seen = step * rows_per_step * length
-        batches = endless_batches(loader, rows, generator, args.seed, step * args.gradient_accumulation_steps)
+        first = step * args.gradient_accumulation_steps
+        batches = endless_batches(loader, rows, generator, args.seed, first, accelerator.device)
         wrapped.train()
         while step < num_steps:
             step += 1
@@ -182,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             total = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
-                with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                with nullcontext() if is_last else accelerator.no_sync(wrapped), accelerator.autocast():
                     loss = wrapped(**batch, num_items_in_batch=num_tokens, skip_logits=True, use_cache=False).loss
                     # DDP averages the gradients over the processes, but they must be summed
                     accelerator.backward(loss * accelerator.num_processes)
@@ -195,14 +221,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             tokens_seen += rows_per_step * length
             total = accelerator.reduce(total, "sum")
             losses.record(step, total)
-            history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
+            unread.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total})
 
             stopping = stop.requested()
-            if args.eval_strategy == "steps" and step % intervals.eval_steps == 0 and step < num_steps:
-                evaluate(args.eval_max_rows)
+            evaluating = args.eval_strategy == "steps" and step % intervals.eval_steps == 0 and step < num_steps
             saving = args.save_strategy == "steps" and step % intervals.save_steps == 0
-            if stopping or saving or step == num_steps:
+            saving = saving or stopping or step == num_steps
+            if evaluating or saving or step % READ_EVERY == 0:
                 losses.check()
+                values = torch.stack([entry["loss"] for entry in unread]).tolist()
+                history += [entry | {"loss": value} for entry, value in zip(unread, values, strict=True)]
+                unread.clear()
+            if evaluating:
+                evaluate(args.eval_max_rows)
+            if saving:
                 with sealer.saving(step) as folder:
                     accelerator.save_state(folder)
                     if accelerator.is_main_process:
@@ -213,8 +245,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     stop.exit_if_requested()
 
     # The weights first: nothing that fails later may lose them.
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        model.save_pretrained(args.output_dir)
+        with with_own_class(model):
+            model.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         save_settings(args, args.output_dir)
     results = evaluate(None)
@@ -223,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("drawing loss.png"):
             plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         with optional("sampling a text"):
-            print_sample(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
+            whole = whole_model(model, args.output_dir)
+            print_sample(sample_texts(whole, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print_summary(
             format_metrics(results), args.output_dir, ["loss.png"], [f"{command_for('generate')} {args.output_dir}"]
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -272,16 +273,18 @@ class InstructionCollator:
         pad_token_id: padding of `input_ids`. The padding of labels is -100.
 
     Returns (from a call): `input_ids`, `labels` and `shift_labels`, each (B, T), int64; the labels are shifted
-        already, and `labels` are the same tensor. Also `position_ids` (B, T) if a row holds several conversations.
-        There is no attention mask: with causal attention, no token sees the padding after it.
+        already, and `labels` are the same tensor. If a row holds several conversations, also `position_ids` (B, T) and
+        where each conversation begins in the concatenated rows: `cu_seq_lens_q` and `cu_seq_lens_k` (N + 1,), int32,
+        the length of the longest, `max_length_q` and `max_length_k`, int. There is no attention mask: with causal
+        attention, no token sees the padding after it.
     """
 
     pad_token_id: int
 
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
         input_ids = pad_sequence([row["input_ids"] for row in rows], True, padding_value=self.pad_token_id)
         shift_labels = pad_sequence([row["shift_labels"] for row in rows], True, padding_value=IGNORE_INDEX)
-        batch = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
         if any((row["position_ids"][1:] == 0).any() for row in rows):
             length = input_ids.shape[1]
             # Padding forms few documents, since each may be one attention call. None is longer than the longest
@@ -289,4 +292,9 @@ class InstructionCollator:
             padding = torch.arange(length) % (1 + max(int(row["position_ids"].max()) for row in rows))
             padded = [torch.cat((row["position_ids"], padding))[:length] for row in rows]
             batch["position_ids"] = torch.stack(padded)
+            # found here, because attention would have to wait for the GPU
+            is_first = F.pad(batch["position_ids"].diff() != 1, (1, 0), value=True).flatten()
+            starts = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel()).int()
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = starts
+            batch["max_length_q"] = batch["max_length_k"] = int(starts.diff().max())
         return batch

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -103,7 +103,7 @@ def score_rows(
         if not rows:
             batch["shift_labels"].fill_(-100)
         num_tokens = (batch["shift_labels"] != -100).sum()
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        batch = send_to_device(batch, accelerator.device)
         with accelerator.autocast():
             # divided by one item, the loss is the sum
             output = model(**batch, num_items_in_batch=1, skip_logits=True, count_correct=True, use_cache=False)

@@ -289,3 +289,15 @@ def test_mixed_rows_have_the_requested_share_of_text():
     is_text = [(rows[i]["input_ids"] == 9).all().item() for i in range(len(rows))]
     assert sum(is_text) / len(rows) == pytest.approx(0.25, abs=0.02)
     assert InstructionCollator(1)(rows.__getitems__(range(len(rows))))["position_ids"].shape == (len(rows), 48)
+
+
+def test_the_collator_gives_the_lengths_of_the_conversations():
+    """Attention on a GPU then does not wait to find them. Padding counts as conversations."""
+    rows = PackedRows(some_data(40), 48, seed=1)
+    batch = InstructionCollator(1)(rows.__getitems__(range(len(rows))))
+    starts = batch["cu_seq_lens_q"].tolist()
+    assert (starts[0], starts[-1]) == (0, batch["input_ids"].numel())
+    positions = [list(range(end - start)) for start, end in itertools.pairwise(starts)]
+    assert list(itertools.chain(*positions)) == batch["position_ids"].flatten().tolist()
+    assert batch["max_length_q"] == batch["max_length_k"] == max(map(len, positions))
+    assert torch.equal(batch["cu_seq_lens_k"], batch["cu_seq_lens_q"]) and batch["cu_seq_lens_q"].dtype == torch.int32
