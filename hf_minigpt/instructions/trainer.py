@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from ..training.evaluation import score_rows
 from ..training.trainer import LanguageModelTrainer
 
@@ -11,6 +13,16 @@ class InstructionTrainer(LanguageModelTrainer):
 
     The model may be wrapped by PEFT. Token counts include padding.
     """
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return a step's batches, on a GPU with `num_targets`, so that the loss skips the prompts."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if device.type != "cpu" and batches:
+            counts = torch.stack([(batch["shift_labels"] != -100).sum() for batch in batches])
+            # The only wait for the GPU in a step.
+            for batch, num_targets in zip(batches, counts.tolist(), strict=True):
+                batch["num_targets"] = num_targets
+        return batches, num_items
 
     def score(self, model, dataset, max_rows):
         nats, hits, tokens = score_rows(

@@ -41,6 +41,7 @@ from .generation_minigpt import (
 )
 from .loss_minigpt import (
     auxiliary_lm_loss,
+    can_skip_logits,
     causal_lm_loss,
     causal_lm_loss_without_logits,
     classifier_loss,
@@ -50,7 +51,7 @@ from .loss_minigpt import (
     select_positions,
 )
 from .pooling_minigpt import non_padding_mask, pool_last, pool_mean, pool_weighted, truncate_rows
-from .products_minigpt import is_plain_linear, project
+from .products_minigpt import project
 
 
 def build_norm(config: MiniGPTConfig) -> nn.Module:
@@ -347,7 +348,8 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, FastGenerationMixin):
                 `logits_to_keep`.
             count_correct: also count the labels that are the most likely token.
             kwargs: `shift_labels` (B, T), labels that are already shifted; `num_items_in_batch`, the divisor of the
-                summed loss; `ignore_index`, instead of -100. The rest goes to `MiniGPTModel`.
+                summed loss; `ignore_index`, instead of -100; `num_targets`, the number of labels that are not ignored,
+                with which a GPU skips the others. The rest goes to `MiniGPTModel`.
         """
         loss_kwargs = pop_loss_kwargs(kwargs)
         outputs: BaseModelOutputWithPast = self.model(
@@ -367,7 +369,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, FastGenerationMixin):
         skip_logits = skip_logits and has_labels and isinstance(logits_to_keep, int) and logits_to_keep == 0
 
         loss = logits = num_correct = None
-        if skip_logits and self.loss_function is causal_lm_loss and is_plain_linear(self.lm_head):
+        if skip_logits and self.loss_function is causal_lm_loss and can_skip_logits(self.lm_head):
             loss, num_correct = causal_lm_loss_without_logits(
                 self.lm_head, hidden_states, labels, self.config, count_correct=count_correct, **loss_kwargs
             )
