@@ -3,75 +3,29 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import reduce
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
-from ..model.products_minigpt import batched_product
+from .muon import (
+    Layout,
+    NewtonSchulz,
+    compiled_newton_schulz,
+    layout_of,
+    newton_schulz,
+    orthogonalize,
+    orthogonalize_shared,
+)
 
-
-# Coefficients of the quintic iteration (Keller Jordan, kellerjordan.github.io/posts/muon). They maximize the slope at
-# zero; all singular values end between about 0.7 and 1.2.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 Scaling = Literal["original", "moonlight"]
-
-
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T by Newton-Schulz iterations.
-
-    Singular values end near 1, but not exactly at 1. Runs in bfloat16 on GPUs that support it and in float32
-    elsewhere, because bfloat16 is 40 times slower on most CPUs.
-
-    Args:
-        matrices: (..., rows, columns). A batch needs one kernel per step instead of one per matrix.
-        steps: number of iterations.
-
-    Returns:
-        (..., rows, columns), in float32 or bfloat16.
-    """
-    in_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
-    shape = x.shape
-    # the products x x^T then have the size of the shorter side
-    transposed = shape[-2] > shape[-1]
-    x = (x.mT if transposed else x).reshape(-1, min(shape[-2:]), max(shape[-2:]))
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # If x is at least twice as wide as high, iterating on x x^T takes half the time. bfloat16 is too coarse for it.
-    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
-        x = batched_product(_polynomial_of_gram(x, steps), x)
-    else:
-        for _ in range(steps):
-            x = batched_product(_quintic(batched_product(x, x.mT)), x).add_(x, alpha=NEWTON_SCHULZ[0])
-    x = x.reshape(*shape[:-2], *x.shape[-2:])
-    return x.mT if transposed else x
-
-
-def _quintic(gram: torch.Tensor) -> torch.Tensor:
-    """Return b G + c G^2 with G = x x^T. One iteration multiplies x by a I plus this."""
-    _, b, c = NEWTON_SCHULZ
-    return batched_product(gram, gram).mul_(c).add_(gram, alpha=b)
-
-
-def _polynomial_of_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return the product (N, rows, rows) of the factors by which all iterations multiply x (N, rows, columns).
-
-    With P = a I + b G + c G^2, which commutes with G, the next x is P x and the next G is P G P.
-    """
-    gram = batched_product(x, x.mT)
-    factors: list[torch.Tensor] = []
-    for _ in range(steps):
-        if factors:
-            gram = batched_product(batched_product(factors[-1], gram), factors[-1])
-        factors.append(_quintic(gram))
-        factors[-1].diagonal(dim1=-2, dim2=-1).add_(NEWTON_SCHULZ[0])
-    return reduce(batched_product, factors)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -82,7 +36,11 @@ class MuonAdamW(torch.optim.Optimizer):
     - `adamw`: AdamW (Loshchilov & Hutter, 2019), with torch's kernels, fused where available.
 
     State is created in the first `step`, because accelerate replaces the parameters' tensors after construction.
-    Parameters may be DTensors (FSDP2).
+
+    Processes that train one model share the work on Muon's matrices: each is orthogonalized on one process, which
+    sends the result to the others. They are those of a parameter's mesh if it is a DTensor (FSDP2, HSDP), or else
+    `process_group`. All of them must call `step` with gradients for the same parameters. A state can be loaded by any
+    number of processes.
 
     Args:
         param_groups: dictionaries with `params`, `kind`, and values that replace the defaults below.
@@ -97,10 +55,22 @@ class MuonAdamW(torch.optim.Optimizer):
             (`moonlight`, arXiv 2502.16982, which matches the root mean square of AdamW's update, and so its lr).
         betas: decay rates of AdamW's moments.
         eps: epsilon of AdamW.
+        process_group: the processes that hold the same parameters and gradients (DDP). None: each process works alone.
+            Never pass the group of processes that train different models.
+        max_stack_bytes: how many bytes of matrices a process orthogonalizes, or receives from the others, at once.
+            More matrices take more rounds. Each round has room for one matrix on each process. With temporary
+            tensors, a step needs a few times this memory.
+        compile_backend: backend of `torch.compile` for the Newton-Schulz iterations. None: they are not compiled. The
+            rest of `step` should not be: it would be compiled again for each learning rate.
 
     Raises:
         ValueError: for an unknown kind or scaling, or a parameter in a `muon` group that is not a matrix.
     """
+
+    # a copy (copy.deepcopy, pickle) works alone
+    process_group: dist.ProcessGroup | None = None
+    max_stack_bytes = 2**28
+    _newton_schulz: NewtonSchulz = staticmethod(newton_schulz)
 
     def __init__(
         self,
@@ -114,6 +84,9 @@ class MuonAdamW(torch.optim.Optimizer):
         scaling: Scaling = "original",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        process_group: dist.ProcessGroup | None = None,
+        max_stack_bytes: int = 2**28,
+        compile_backend: str | Callable | None = None,
     ):
         if scaling not in ("original", "moonlight"):
             raise ValueError(f"scaling={scaling!r} is unknown. Choose 'original' or 'moonlight'.")
@@ -144,6 +117,9 @@ class MuonAdamW(torch.optim.Optimizer):
                         f"A parameter of shape {tuple(parameter.shape)} is in a group of kind='muon', which is for "
                         "matrices only. Move it to a group of kind='adamw'."
                     )
+        self.process_group, self.max_stack_bytes = process_group, max_stack_bytes
+        if compile_backend is not None:
+            self._newton_schulz = compiled_newton_schulz(compile_backend)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -153,33 +129,64 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
-            if group["kind"] == "muon":
-                self._step_muon(group, parameters)
-                group["num_steps"] += 1
-            elif parameters:
+            if group["kind"] == "adamw" and parameters:
                 self._step_adamw(group, parameters)
+        muon_groups = [group for group in self.param_groups if group["kind"] == "muon"]
+        # matrices of all groups together, so that each process has its share of the work even if groups are small
+        pools: dict[Any, list[tuple[dict[str, Any], torch.Tensor]]] = defaultdict(list)
+        for group in muon_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    layout = layout_of(parameter, self.process_group)
+                    pools[layout, parameter.device, group["newton_schulz_steps"]].append((group, parameter))
+        for (layout, device, num_iterations), pool in pools.items():
+            self._step_muon([group for group, _ in pool], [p for _, p in pool], layout, device, num_iterations)
+        for group in muon_groups:
+            group["num_steps"] += 1
         return loss
 
-    def _step_muon(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        stacks: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    def _step_muon(
+        self,
+        groups: list[dict[str, Any]],
+        parameters: list[torch.Tensor],
+        layout: Layout,
+        device: torch.device,
+        num_iterations: int,
+    ) -> None:
+        """Update matrices with the same layout. `groups` holds the group of each."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            stacks[parameter.shape, parameter.dtype, parameter.device].append(parameter)
-        for (shape, dtype, _), stack in stacks.items():
-            rows, columns = shape
-            lr, momentum = group["lr"], _momentum(group)
-            buffers = [self.state[p]["momentum_buffer"] for p in stack]
-            torch._foreach_lerp_(buffers, _grads(stack), 1 - momentum)
-            directions = [_full_tensor(tensor) for tensor in torch._foreach_lerp(_grads(stack), buffers, momentum)]
-            updates = orthogonalize(torch.stack(directions), group["newton_schulz_steps"]).to(dtype)
-            if group["scaling"] == "original":
-                scale = math.sqrt(max(1, rows / columns))
-            else:
-                scale = 0.2 * math.sqrt(max(rows, columns))
-            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-            shards = [_shard_like(p, update) for p, update in zip(stack, updates.unbind(), strict=True)]
-            torch._foreach_add_(stack, shards, alpha=-lr * scale)
+        buffers = [_held(self.state[p]["momentum_buffer"], layout) for p in parameters]
+        grads = [_held(grad, layout) for grad in _grads(parameters)]
+        weights = [_held(p, layout) for p in parameters]
+        shapes = [(p.shape[1], p.shape[0]) if layout.shard_dim == 1 else (p.shape[0], p.shape[1]) for p in parameters]
+        for indices in _split(range(len(parameters)), lambda i: id(groups[i])):
+            group = groups[indices[0]]
+            torch._foreach_lerp_(_at(buffers, indices), _at(grads, indices), 1 - _momentum(group))
+            torch._foreach_mul_(_at(weights, indices), 1 - group["lr"] * group["weight_decay"])
+
+        def directions(wanted: list[int]) -> list[torch.Tensor]:
+            found: dict[int, torch.Tensor] = {}
+            for indices in _split(wanted, lambda i: id(groups[i])):
+                momentum = _momentum(groups[indices[0]])
+                lerped = torch._foreach_lerp(_at(grads, indices), _at(buffers, indices), momentum)
+                found.update(zip(indices, map(_full_tensor, lerped), strict=True))
+            return _at(found, wanted)
+
+        function = partial(orthogonalize, steps=num_iterations, iterate=self._newton_schulz)
+        rounds = orthogonalize_shared(shapes, directions, layout, device, self.max_stack_bytes, function)
+        for wanted, updates in rounds:
+            update_of = dict(zip(wanted, updates, strict=True))
+            for indices in _split(wanted, lambda i: (id(groups[i]), parameters[i].shape, parameters[i].dtype)):
+                group, (rows, columns) = groups[indices[0]], parameters[indices[0]].shape
+                if group["scaling"] == "original":
+                    scale = math.sqrt(max(1, rows / columns))
+                else:
+                    scale = 0.2 * math.sqrt(max(rows, columns))
+                cast = _cast(_at(update_of, indices), parameters[indices[0]].dtype)
+                shards = [_shard_like(weights[i], update) for i, update in zip(indices, cast, strict=True)]
+                torch._foreach_add_(_at(weights, indices), shards, alpha=-group["lr"] * scale)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
@@ -209,8 +216,15 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-# Each process orthogonalizes the whole of a matrix that FSDP2 shards, so that a run is the same on any number of
-# processes.
+def _held(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """View what this process holds of a tensor, with the dimension that the layout splits as rows."""
+    if layout.shard_dim is None:
+        return tensor
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().mT if layout.shard_dim == 1 else tensor.to_local()
+
+
+# A DTensor whose layout is not shared is gathered on each process.
 
 
 def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -222,6 +236,27 @@ def _shard_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         return full
     # every process has the full tensor, so that nothing is sent
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    # one kernel for all
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(cast, tensors)
+    return cast
+
+
+def _split(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Split indices by a key, in order."""
+    by_key: dict[Hashable, list[int]] = defaultdict(list)
+    for i in indices:
+        by_key[key(i)].append(i)
+    return list(by_key.values())
+
+
+def _at(items: Any, indices: Iterable[int]) -> list[Any]:
+    return [items[i] for i in indices]
 
 
 def _momentum(group: dict[str, Any]) -> float:
@@ -260,6 +295,8 @@ def muon_adamw(
     eps: float = 1e-8,
     scaling: Scaling = "original",
     layer_decay: float = 1.0,
+    process_group: dist.ProcessGroup | None = None,
+    compile_backend: str | Callable | None = None,
 ) -> MuonAdamW:
     """Make an optimizer with Muon for `hidden_matrices(model)` and AdamW for embeddings, head, norms and biases.
 
@@ -274,6 +311,9 @@ def muon_adamw(
         eps: epsilon of AdamW.
         scaling: as in `MuonAdamW`.
         layer_decay: as in `decayed_by_layer`.
+        process_group: as in `MuonAdamW`. Ignored for a model with a tensor-parallel plan in use, whose processes hold
+            different parameters.
+        compile_backend: as in `MuonAdamW`.
     """
     matrices = hidden_matrices(model)
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -299,6 +339,8 @@ def muon_adamw(
         scaling=scaling,
         betas=betas,
         eps=eps,
+        process_group=None if model.tp_size else process_group,
+        compile_backend=compile_backend,
     )
 
 
@@ -368,6 +410,16 @@ class OptimizerFactory:
         return muon_adamw(model, **kwargs) if kind == "muon" else adamw_decaying_matrices(model, **kwargs)
 
 
+def _replicas(args) -> dist.ProcessGroup | None:
+    """Return the processes among which accelerate will copy the model (DDP), or None."""
+    # sets `distributed_state`
+    is_alone = args.world_size == 1 or args.parallelism_config is not None
+    # DDP is MULTI_GPU or MULTI_CPU. So may FSDP2 be, but its parameters are DTensors, which name their group.
+    if is_alone or not args.distributed_state.distributed_type.value.startswith("MULTI_"):
+        return None
+    return dist.group.WORLD
+
+
 def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:
     """Return the Trainer's argument of that name for `RecipeArguments`. None: the Trainer uses `--optim`."""
     kwargs: dict[str, Any] = {
@@ -382,4 +434,8 @@ def optimizer_cls_and_kwargs(args) -> tuple[type, dict[str, Any]] | None:
         kwargs["matrix_learning_rate"] = args.matrix_learning_rate
         kwargs["embedding_learning_rate"] = args.embedding_learning_rate
         kwargs["scaling"] = args.muon_scaling
+        kwargs["process_group"] = _replicas(args)
+        # a CPU has products of its own, which a compiler would replace
+        if args.torch_compile and args.device.type == "cuda":
+            kwargs["compile_backend"] = args.torch_compile_backend
     return OptimizerFactory, {"kind": args.optimizer, **kwargs}

@@ -1,20 +1,26 @@
 """The optimizers agree with singular values, torch's AdamW and torch's Muon."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt.model.products_minigpt import fast_paths
+from hf_minigpt.training.lora import LoraArguments, add_lora
+from hf_minigpt.training.muon import orthogonalize
 from hf_minigpt.training.optimizers import (
     MuonAdamW,
     OptimizerFactory,
     adamw_decaying_matrices,
     hidden_matrices,
     muon_adamw,
-    orthogonalize,
+    optimizer_cls_and_kwargs,
 )
+from tests.pretended_gpu import GPU, count_syncs, pretended_gpu, to_gpu
 from tests.tiny import NO_DROPOUT, SIZES, SWITCHES
 
 
@@ -180,3 +186,113 @@ def test_invalid_groups_and_scaling_are_refused():
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "sgd"}])
     with pytest.raises(ValueError, match="scaling='big'"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "kind": "adamw"}], scaling="big")
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 32, 24)])
+def test_fused_products_of_newton_schulz_equal_separate_ones(shape):
+    """baddbmm, against the products of oneDNN with passes of their own where a CPU has them."""
+    matrices = torch.randn(shape)
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    with fast_paths(False):
+        torch.testing.assert_close(orthogonalize(matrices), x, atol=1e-5, rtol=0)
+
+
+def test_stacks_are_bounded():
+    """With room for two matrices, the result is that of one stack."""
+    weights, grads = torch.randn(5, 12, 12), torch.randn(5, 12, 12)
+    results, stacks = [], []
+
+    def backend(graph, inputs):
+        def run(*args):
+            stacks.append(next(len(a) for a in args if isinstance(a, torch.Tensor)))
+            return graph(*args)
+
+        return run
+
+    for bound in (2**28, 2 * 12 * 12 * 4):
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad.clone()
+        torch._dynamo.reset()
+        MuonAdamW([{"params": parameters, "kind": "muon"}], max_stack_bytes=bound, compile_backend=backend).step()
+        results.append(torch.stack(list(parameters)))
+    assert stacks == [5, 2, 2, 1]
+    torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+
+
+def test_compiled_iterations_are_not_compiled_again_when_settings_change():
+    """Learning rate and momentum change in each step, and there are different numbers of the matrices."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    shapes = [(24, 24), (24, 96), (96, 24), (32, 32), (32, 128), (128, 32)]
+    weights = [nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes) for _ in range(2 + i % 3)]
+    twins = copy.deepcopy(weights)
+    compiled = MuonAdamW([{"params": weights, "kind": "muon"}], lr=0.1, compile_backend=counter)
+    eager = MuonAdamW([{"params": twins, "kind": "muon"}], lr=0.1)
+    for step in range(20):
+        for a, b in zip(weights, twins, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in (compiled, eager):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
+            optimizer.step()
+        if step == 0:
+            compilations = counter.frame_count
+    # square and wide
+    assert compilations == counter.frame_count == 2
+    for a, b in zip(weights, twins, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def arguments(**changes) -> SimpleNamespace:
+    settings = {"optimizer": "muon", "learning_rate": 1e-3, "matrix_learning_rate": 0.02, "weight_decay": 0.1}
+    settings |= {"embedding_learning_rate": None, "muon_scaling": "original", "adam_epsilon": 1e-8}
+    settings |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "world_size": 1, "parallelism_config": None}
+    settings |= {"torch_compile": True, "torch_compile_backend": "eager", "device": GPU}
+    return SimpleNamespace(**(settings | changes))
+
+
+def test_torch_compile_compiles_the_iterations_on_a_gpu():
+    assert optimizer_cls_and_kwargs(arguments())[1]["compile_backend"] == "eager"
+    for changes in ({"torch_compile": False}, {"device": torch.device("cpu")}):
+        assert "compile_backend" not in optimizer_cls_and_kwargs(arguments(**changes))[1]
+
+
+@pytest.mark.parametrize("distributed_type", ["NO", "FSDP", "DEEPSPEED", "XLA"])
+def test_only_copies_of_a_model_share_the_work(distributed_type):
+    state = SimpleNamespace(distributed_type=SimpleNamespace(value=distributed_type))
+    args = arguments(world_size=2, distributed_state=state)
+    assert optimizer_cls_and_kwargs(args)[1]["process_group"] is None
+
+
+@pytest.mark.parametrize("in_bf16", [True, False], ids=["bf16", "no bf16"])
+@pytest.mark.parametrize("switches", list(SWITCHES))
+def test_a_step_never_waits_for_the_gpu(switches, in_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: in_bf16)
+    with pretended_gpu():
+        model = to_gpu(tiny_model(switches))
+        optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.02, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with count_syncs() as syncs:
+            for _ in range(3):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+        assert not syncs
+        assert {state.device for states in optimizer.state.values() for state in states.values()} == {GPU}
+
+
+def test_hidden_matrices_of_lora_are_its_own():
+    model = add_lora(tiny_model(), LoraArguments(lora_rank=2))
+    names = dict(model.named_parameters())
+    assert hidden_matrices(model)
+    for name, weight in hidden_matrices(model).items():
+        assert names[name] is weight and "lora_" in name
+    optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.02)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
