@@ -24,7 +24,7 @@ import functools
 import operator
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ HALF = {
 }
 FLOAT32 = {
     *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"),
-    *("sinh", "tan", "pow", "rpow", "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity"),
+    *("sinh", "tan", "pow", "square", "rpow", "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity"),
     *("nll_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "cross_entropy", "dist", "cdist"),
     *("binary_cross_entropy_with_logits", "logsumexp", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"),
     *("vector_norm", "matrix_norm", "norm"),
@@ -139,6 +139,9 @@ class PretendedTensor(torch.Tensor):
         return f"PretendedTensor({self.values!r}, device='cuda:0')"
 
 
+# How operations run: a function of an operation and its arguments on tensors of `_values_on`.
+_runner: Callable = lambda func, args, kwargs: func(*args, **kwargs)  # noqa: E731
+_values_on = "cpu"
 _counters: list[Counter] = []
 _recorders: list[list[AttentionCall]] = []
 
@@ -148,12 +151,17 @@ def count(kind: str) -> None:
         counter[kind, place()] += 1
 
 
-def place() -> str:
-    """Return the innermost line of this repository that is being run, else of any package but torch's."""
+def place(*skipped: str) -> str:
+    """
+    Return the innermost line of this repository that is being run, else of any package but torch's.
+
+    Args:
+        skipped: files that do not count.
+    """
     frame, elsewhere = sys._getframe(), None
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(MACHINERY):
+        if not file.startswith(MACHINERY + skipped):
             path = Path(file)
             if path.is_relative_to(ROOT):
                 return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
@@ -191,10 +199,10 @@ def run(func, args, kwargs):
         count_sync(func, given)
 
     if kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": "cpu"}
+        kwargs = {**kwargs, "device": _values_on if returns_gpu else kwargs["device"]}
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     values = pytree.tree_map_only(PretendedTensor, operator.attrgetter("values"), (args, kwargs))
-    result = func(*values[0], **values[1])
+    result = _runner(func, *values)
 
     written = [argument.name for argument in func._schema.arguments if is_written(argument)]
     for name in written:
@@ -254,7 +262,7 @@ class _Dispatch(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-class _Functions(TorchFunctionMode):
+class Functions(TorchFunctionMode):
     """Replaces functions that ask C++ for the device or move data, and casts as CUDA's autocast does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -262,7 +270,7 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor):
             device = kwargs.get("device")
             if device is not None and is_gpu(device) and not is_on_gpu(args[0]):
-                return copied_to_gpu(func(*args, **{**kwargs, "device": "cpu"}))
+                return copied_to_gpu(func(*args, **{**kwargs, "device": _values_on}))
         elif func is torch.Tensor.new_tensor and is_on_gpu(args[0]):
             return copied_to_gpu(args[0].values.new_tensor(*args[1:], **kwargs))
         elif func is torch.Tensor.pin_memory:
@@ -285,8 +293,29 @@ def copied_to_gpu(values: torch.Tensor) -> PretendedTensor:
     return PretendedTensor(values)
 
 
+# Autocast keeps the parameters that it has cast until the outermost `with` block ends.
+_casts: dict[int, torch.Tensor] = {}
+
+
+def run_backward(functions: TorchFunctionMode, run: Callable, *args, **kwargs):
+    """Run autograd's engine with the mode, which PyTorch leaves when it calls `backward`: layers may run again."""
+    with functions:
+        return run(*args, **kwargs)
+
+
+def clear_casts(clear: Callable) -> None:
+    _casts.clear()
+    clear()
+
+
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+    if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
+        return tensor
+    if not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled() and dtype != torch.float32):
+        return tensor.to(dtype)
+    if id(tensor) not in _casts:
+        _casts[id(tensor)] = tensor.to(dtype)
+    return _casts[id(tensor)]
 
 
 def move(func, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -310,7 +339,7 @@ def move(func, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         raise NotImplementedError("A pretended copy between devices has no gradient. Use to_gpu() or detach().")
     count_copy(tensor, on_gpu, to_gpu, non_blocking)
     if to_gpu:
-        return PretendedTensor(tensor.detach().to(dtype, copy=True))
+        return PretendedTensor(tensor.detach().to(_values_on, dtype, copy=True))
     return tensor.values.detach().to(dtype, copy=True)
 
 
@@ -333,15 +362,31 @@ def record(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Pretend that there is a GPU within a `with` block: `device="cuda"` makes pretended tensors."""
+def pretended_gpu(
+    runner: Callable | None = None, values_on: str = "cpu", functions: Functions | None = None
+) -> Iterator[None]:
+    """
+    Pretend that there is a GPU within a `with` block: `device="cuda"` makes pretended tensors.
+
+    Args:
+        runner: runs each operation, from the operation and its arguments with values in place of pretended tensors.
+        values_on: device of the values. On "meta" there are only shapes, for which the runner must answer what asks
+            for a value.
+        functions: replaces functions of torch.
+    """
+    functions = functions or Functions()
+    engine = torch.autograd._engine_run_backward
     with (
+        mock.patch(f"{__name__}._runner", runner or _runner),
+        mock.patch(f"{__name__}._values_on", values_on),
+        mock.patch("torch.clear_autocast_cache", functools.partial(clear_casts, torch.clear_autocast_cache)),
         mock.patch("torch.cuda._lazy_init", lambda: None),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
+        mock.patch("torch.autograd._engine_run_backward", functools.partial(run_backward, functions, engine)),
         torch.compiler.set_stance("force_eager"),
         _Dispatch(),
-        _Functions(),
+        functions,
     ):
         yield
 

@@ -143,6 +143,14 @@ class MiniGPTAttention(nn.Module):
         return output if self.head_mask is None else output * self.head_mask.type_as(output)
 
 
+class SquaredReLU(nn.Module):
+    """Transformers' `relu2` as a product: on a GPU, autocast runs powers in float32."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        positive = F.relu(inputs)
+        return positive * positive
+
+
 class MiniGPTMLP(nn.Module):
     def __init__(self, config: MiniGPTConfig):
         super().__init__()
@@ -152,6 +160,8 @@ class MiniGPTMLP(nn.Module):
         )
         # The same function, with one kernel instead of eight and one saved tensor instead of four.
         self.act_fn = ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
+        if config.hidden_act == "relu2":
+            self.act_fn = SquaredReLU()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))  # (B, T, C)

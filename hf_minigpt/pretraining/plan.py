@@ -1,18 +1,21 @@
 """Estimates the size, memory, time and cost of a run before it starts."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..data.rows import ShuffledDocumentRows
 from ..data.token_store import PreparedCorpus
 from ..model.configuration_minigpt import MiniGPTConfig
+from ..model.loss_minigpt import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from ..presets import preset
 from ..training.arguments import DataArguments, ModelArguments
 from ..training.flops import flops_per_token, measure_flops_per_second
 from ..training.loading import build_config, context_length, trained_vocab_size
-from ..training.optimizers import hidden_matrices
+from ..training.optimizers import MuonAdamW, hidden_matrices
 from .arguments import PlanArguments, PretrainArguments
 from .data import given_tokenizer, open_documents, prepare_data
 
@@ -31,7 +34,7 @@ class Plan:
         tokens_per_step: tokens in one optimizer step, over all devices.
         num_steps: optimizer steps.
         num_tokens: tokens in the whole run.
-        memory_bytes: memory on one device, for weights, gradients, optimizer state and activations.
+        memory_bytes: peak memory on one device, for weights, gradients, optimizer state and activations.
         flops: floating-point operations of the whole run.
         flops_per_second: assumed rate, over all devices.
         price: cost of the run, or None without `price_per_hour`.
@@ -93,9 +96,6 @@ def make_plan(
         num_steps = -(-int(rows_per_epoch * args.num_train_epochs) // args.rows_per_step)
     num_tokens = num_steps * tokens_per_step
 
-    # weights, gradients, and two moments for AdamW or one for Muon, in float32
-    num_in_muon = sum(p.numel() for p in hidden_matrices(model).values()) if args.optimizer == "muon" else 0
-    state_bytes = 16 * num_parameters - 4 * num_in_muon
     flops = flops_per_token(config, num_parameters, context_length) * num_tokens
     in_half = args.bf16 or args.fp16
     rate = options.flops_per_second
@@ -111,7 +111,7 @@ def make_plan(
         tokens_per_step=tokens_per_step,
         num_steps=num_steps,
         num_tokens=num_tokens,
-        memory_bytes=state_bytes + _activation_bytes(config, args, context_length, 2 if in_half else 4),
+        memory_bytes=_peak_bytes(model, config, args, context_length),
         flops=flops,
         flops_per_second=rate * args.world_size,
         price=price,
@@ -141,22 +141,55 @@ def plan_pretraining(
     return make_plan(config, args, options, length, rows_per_epoch)
 
 
-def _activation_bytes(config: MiniGPTConfig, args: PretrainArguments, context_length: int, item_size: int) -> float:
-    """Estimate the memory of the activations that the backward pass needs.
+def _peak_bytes(model: nn.Module, config: MiniGPTConfig, args: PretrainArguments, context_length: int) -> float:
+    """Estimate the peak memory of a training step on one device, with fused attention and the loss without logits.
 
-    Counts the tensors of a block without dropout and with fused attention (Korthikanti et al., arXiv 2205.05198), and
-    one chunk of logits.
+    It is reached in the head, when all activations are kept; with checkpointing also in the backward pass of a block;
+    or in the optimizer's step.
     """
-    tokens = args.train_batch_size * context_length
     assert config.head_dim is not None and config.intermediate_size is not None
-    inner = config.num_attention_heads * config.head_dim
-    # inputs and outputs of two norms and the residual sums; queries, keys, values, output; inputs and outputs of the
-    # activation
-    kept_in_block = 6 * config.hidden_size + 5 * inner + 2 * config.intermediate_size
-    blocks = config.num_hidden_layers * kept_in_block
+    tokens = args.train_batch_size * context_length
+    width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    in_half = args.bf16 or args.fp16
+    # of a number in the matrix products. The residual stream, weights, gradients and moments are in float32.
+    size = 2 if in_half else 4
+    num_parameters = sum(p.numel() for p in model.parameters())
+    matrices = hidden_matrices(model)
+    num_in_blocks = sum(p.numel() for p in matrices.values())
+    uses_muon = args.optimizer == "muon"
+    # weights, and two moments for AdamW or one for Muon
+    resident = 12 * num_parameters - (4 * num_in_blocks if uses_muon else 0)
+    gradients = 4 * num_parameters
+
+    # What a block keeps of a token: the inputs of its norms; those of the linear layers, which autocast copies for
+    # each layer; queries, keys, values and output; queries and keys before their norm, in float32; the input and the
+    # output of the activation, of which ReLU needs only one; the masks of dropout.
+    in_block = 2 * 4 * width + (4 * 2 * width if in_half else 2 * 4 * width)
+    in_block += 4 * size * inner + (2 * 4 * inner if config.qk_norm else 0)
+    in_block += (1 if config.hidden_act == "relu" else 2) * size * config.intermediate_size
+    in_block += 2 * width if config.resid_pdrop > 0 else 0
+    # the input of the embedding's norm, its mask of dropout, the input of the last norm, the head's input and gradient
+    outside = (4 * width if config.embedding_norm else 0) + (width if config.embd_pdrop > 0 else 0) + 3 * 4 * width
     # transformers before 5.23 has only the old name
-    if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
-        blocks = config.num_hidden_layers * config.hidden_size + kept_in_block
-    # logits, their exponentials and gradient, in float32
-    chunk = min(tokens * config.vocab_size, 2**27 if args.device.type == "cuda" else 2**23)
-    return item_size * tokens * (blocks + 3 * config.hidden_size) + 3 * 4 * chunk
+    checkpoints = getattr(args, "activation_checkpointing", args.gradient_checkpointing)
+    kept = tokens * (config.num_hidden_layers * (4 * width if checkpoints else in_block) + outside)
+    kept += gradients if args.gradient_accumulation_steps > 1 else 0
+
+    # the head's gradient; under autocast also its weight and a chunk's gradient; a chunk of logits
+    table = 4 * config.vocab_size * width
+    num_elements = CHUNK_ELEMENTS.get(args.device.type, CHUNK_ELEMENTS["cuda"])
+    chunk_rows = min(max(num_elements * 4 // size // config.vocab_size, MIN_CHUNK_ROWS), tokens)
+    in_head = table + (table if in_half else 0) + chunk_rows * config.vocab_size * size
+    # autocast's copies of the blocks' weights
+    copies = 2 * num_in_blocks if in_half else 0
+    forward = kept + copies + in_head
+    backward = 0
+    if checkpoints:
+        # the topmost block's activations, and the gradients of its activation function, instead of the head's input
+        backward = kept + table + tokens * (in_block + size * config.intermediate_size - 4 * width)
+    stacks = Counter[torch.Size]()
+    for parameter in matrices.values() if uses_muon else ():
+        stacks[parameter.shape] += 4 * parameter.numel()
+    # updates and temporary results of the matrices that Muon orthogonalizes at once
+    in_step = gradients + 4 * min(max(stacks.values(), default=0), MuonAdamW.max_stack_bytes)
+    return resident + max(forward, backward, in_step)
