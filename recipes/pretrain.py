@@ -61,7 +61,7 @@ from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.trainer import LanguageModelTrainer
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+def main(argv: Sequence[str] | None = None, *, another_run_follows: bool = False) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else list(argv)
     argument_types = (ModelArguments, DataArguments, PlanArguments, PretrainArguments)
     model_args, data_args, plan_args, args = parse(argument_types, argv, description=__doc__)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print_summary(format_metrics(shown), args.output_dir, ["README.md", "loss.png"], commands)
     with optional("pushing to the Hub"):
         push_run(args)
-    end_training(trainer.accelerator, trainer)
+    end_training(trainer.accelerator, trainer, stay_in_group=another_run_follows)
     return metrics
 
 

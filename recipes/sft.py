@@ -69,7 +69,8 @@ def embedded_base(sft_args: InstructionArguments, args: SFTArguments) -> str:
     if not (folder / "all_results.json").is_file():
         flags = ["--output_dir", str(folder), "--cache_dir", sft_args.cache_dir, "--resume_from_checkpoint", "auto"]
         threads = [] if args.cpu_threads is None else ["--cpu_threads", str(args.cpu_threads)]
-        pretrain.main([*EMBEDDED_BASE_FLAGS, *flags, *threads, "--disable_tqdm", str(args.disable_tqdm)])
+        flags += ["--disable_tqdm", str(args.disable_tqdm)]
+        pretrain.main([*EMBEDDED_BASE_FLAGS, *flags, *threads], another_run_follows=True)
         # safetensors makes weights readable only by their owner, but several users may share a cache
         follow_umask(folder)
     return str(folder)

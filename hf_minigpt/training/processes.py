@@ -98,7 +98,7 @@ def check_writable(folder: str) -> None:
         raise ValueError(f"output_dir={folder} cannot be written ({error.strerror}): choose another.") from error
 
 
-def end_training(accelerator: Any, *trainers: Any) -> None:
+def end_training(accelerator: Any, *trainers: Any, stay_in_group: bool = False) -> None:
     """Wait for the other processes, end the tracking and leave the process group. The last call of a recipe.
 
     The DDP wrappers of all trainers are freed first. A wrapper that is freed later would be the last owner of the
@@ -108,10 +108,13 @@ def end_training(accelerator: Any, *trainers: Any) -> None:
     Args:
         accelerator: an `accelerate.Accelerator`.
         trainers: every `transformers.Trainer` of the run.
+        stay_in_group: whether another run follows in these processes, which need their group for it. Processes that
+            leave it and join again may wait for each other forever.
     """
     accelerator.wait_for_everyone()
     for trainer in trainers:
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
     accelerator.free_memory()
-    accelerator.end_training()
+    if not stay_in_group:
+        accelerator.end_training()

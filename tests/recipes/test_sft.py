@@ -185,7 +185,8 @@ def test_a_config_trains(path, base, records, folder):
 def test_other_users_can_read_the_cached_base_model(tmp_path, monkeypatch):
     folder = sft.embedded_base_folder(str(tmp_path))
 
-    def pretrain_as_safetensors_writes(flags):
+    def pretrain_as_safetensors_writes(flags, another_run_follows):
+        assert another_run_follows
         assert flags[flags.index("--output_dir") + 1] == str(folder)
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch(mode=0o600)
