@@ -15,9 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin, send_to_device
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerState, get_scheduler, set_seed
 
@@ -46,6 +48,8 @@ from hf_minigpt.training.settings import save_settings
 
 
 Batch = dict[str, torch.Tensor]
+# Losses are read from the device after this many steps, and before evaluations and checkpoints. Reading waits for it.
+READ_EVERY = 100
 
 
 def endless_batches(
@@ -54,6 +58,7 @@ def endless_batches(
     generator: torch.Generator,
     seed: int,
     first: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Yield batches epoch after epoch, beginning with batch `first`. The order of an epoch depends on its number."""
     first_epoch, skipped = divmod(first, len(loader))
@@ -62,7 +67,9 @@ def endless_batches(
         loader.set_epoch(epoch)
         # the generator of the sampler and the loader, which would otherwise draw from the generator of the dropout
         generator.manual_seed(seed + epoch)
-        yield from skip_first_batches(loader, skipped if epoch == first_epoch else 0)
+        for batch in skip_first_batches(loader, skipped if epoch == first_epoch else 0):
+            # from pinned memory, without waiting for the device
+            yield send_to_device(batch, device, non_blocking=loader.pin_memory)
 
 
 def check_loop_possible(args: PretrainArguments) -> None:
@@ -77,7 +84,7 @@ def check_loop_possible(args: PretrainArguments) -> None:
         )
     if args.optimizer == "trainer":
         raise ValueError("optimizer='trainer': this loop has no Trainer. Set muon or adamw.")
-    for name in ("load_best_model_at_end", "auto_find_batch_size", "torch_compile", "neftune_noise_alpha"):
+    for name in ("load_best_model_at_end", "auto_find_batch_size", "neftune_noise_alpha"):
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)}: this loop does not support it. Leave it out.")
 
@@ -95,7 +102,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     documents = open_documents(data_args)
     prepare_push(args)
     mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=args.use_cpu)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=args.use_cpu,
+        # the loop moves the model and the batches
+        device_placement=False,
+        dynamo_plugin=TorchDynamoPlugin(args.torch_compile_backend, args.torch_compile_mode),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=bool(args.ddp_broadcast_buffers))],
+    )
+    args.apply_tf32()
     with accelerator.local_main_process_first():
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
 
@@ -105,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     collator = LanguageModelCollator(tokenizer.pad_token_id, num_ids(tokenizer))
     generator = torch.Generator().manual_seed(args.seed)
     options = {"sampler": RandomSampler(rows, generator=generator), "generator": generator, "drop_last": True}
-    loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, **options)
+    pin_memory = args.dataloader_pin_memory and accelerator.device.type == "cuda"
+    loader = DataLoader(rows, args.train_batch_size, collate_fn=collator, pin_memory=pin_memory, **options)
     model = build_model(model_args, tokenizer).to(accelerator.device)
     factory_and_kwargs = optimizer_cls_and_kwargs(args)
     assert factory_and_kwargs is not None
@@ -145,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         },
     )
     history: list[dict[str, float]] = []
+    unread: list[dict[str, Any]] = []
     losses = LossGuard(args.output_dir)
     start = time.perf_counter()
 
@@ -170,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             step, history = state["step"], state["history"]
             scheduler.load_state_dict(state["scheduler"])
         tokens_seen = step * rows_per_step * length
-        batches = endless_batches(loader, rows, generator, args.seed, step * args.gradient_accumulation_steps)
+        first = step * args.gradient_accumulation_steps
+        batches = endless_batches(loader, rows, generator, args.seed, first, accelerator.device)
         wrapped.train()
         while step < num_steps:
             step += 1
@@ -195,14 +213,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             tokens_seen += rows_per_step * length
             total = accelerator.reduce(total, "sum")
             losses.record(step, total)
-            history.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total.item()})
+            unread.append({"step": step, "num_input_tokens_seen": tokens_seen, "loss": total})
 
             stopping = stop.requested()
-            if args.eval_strategy == "steps" and step % intervals.eval_steps == 0 and step < num_steps:
-                evaluate(args.eval_max_rows)
+            evaluating = args.eval_strategy == "steps" and step % intervals.eval_steps == 0 and step < num_steps
             saving = args.save_strategy == "steps" and step % intervals.save_steps == 0
-            if stopping or saving or step == num_steps:
+            saving = saving or stopping or step == num_steps
+            if evaluating or saving or step % READ_EVERY == 0:
                 losses.check()
+                values = torch.stack([entry["loss"] for entry in unread]).tolist()
+                history += [entry | {"loss": value} for entry, value in zip(unread, values, strict=True)]
+                unread.clear()
+            if evaluating:
+                evaluate(args.eval_max_rows)
+            if saving:
                 with sealer.saving(step) as folder:
                     accelerator.save_state(folder)
                     if accelerator.is_main_process:

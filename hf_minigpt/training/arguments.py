@@ -1,6 +1,7 @@
 """The arguments that all recipes share: model, data, and the Trainer's with the optimizer and precision."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from ..flags import (
     did_you_mean,
     enum_value,
 )
+from .processes import print_once
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,25 @@ def _preset_names() -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def set_tf32(enabled: bool) -> None:
+    """Set whether products of fp32 matrices on a GPU may use TF32.
+
+    Replaces torch's newer switch `torch.backends.fp32_precision`, which transformers sets: with it, reading the older
+    `allow_tf32` and `get_float32_matmul_precision` raises an error, and Inductor reads them for max-autotune.
+    """
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+
+
+@functools.cache
+def print_launch_command(num_gpus: int) -> None:
+    """Print, once per process, how to use all GPUs."""
+    print_once(
+        f"Training on one of {num_gpus} GPUs. To use all: accelerate launch --config_file recipes/launch/ddp.yaml "
+        f"--num_processes {num_gpus} RECIPE FLAGS"
+    )
 
 
 class AttentionImplementation(Condition):
@@ -322,6 +343,8 @@ class RecipeArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata=HELP["report_to"])
     # every parameter contributes to the loss
     ddp_find_unused_parameters: bool | None = field(default=False, metadata=HELP["ddp_find_unused_parameters"])
+    # the buffers are constants, which are the same in all processes
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata=HELP["ddp_broadcast_buffers"])
     # the model reads columns through **kwargs that are not in the signature of its forward
     remove_unused_columns: bool = field(default=False, metadata=HELP["remove_unused_columns"])
 
@@ -395,8 +418,29 @@ class RecipeArguments(TrainingArguments):
             self.use_cpu = True
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = self.METRICS.get(self.metric_for_best_model.removeprefix("eval_"))
+        if self._on_gpu and self.accelerator_config is None and self.dataloader_pin_memory:
+            # batches are copied while the GPU computes
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
+        self.apply_tf32()
+        if super().n_gpu > 1:
+            print_launch_command(super().n_gpu)
         self._check_scheduler_and_optimizer()
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs of this process, at most 1. The base class would use all with nn.DataParallel, which can
+        neither split a step's token count nor gather outputs of different sizes."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.cuda.is_available() and not self.use_cpu
+
+    def apply_tf32(self) -> None:
+        """Set TF32 as `tf32` says. transformers and accelerate change it when they are set up."""
+        if self.tf32 is not None and self._on_gpu and is_torch_tf32_available():
+            set_tf32(self.tf32)
 
     def _check_scheduler_and_optimizer(self) -> None:
         """Build the scheduler and look up the optimizer, so that errors appear before the data are tokenized."""
@@ -433,14 +477,13 @@ class RecipeArguments(TrainingArguments):
             raise ValueError(
                 f"precision={self.precision!r} conflicts with bf16={self.bf16}, fp16={self.fp16}. Set only one."
             )
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.precision != "auto":
             self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        elif on_gpu and not self.bf16 and not self.fp16:
+        elif self._on_gpu and not self.bf16 and not self.fp16:
             # by default torch also reports bf16 on GPUs that emulate it slowly (Turing)
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = not self.bf16
-        if self.tf32 is None and on_gpu and is_torch_tf32_available():
+        if self.tf32 is None and self._on_gpu and is_torch_tf32_available():
             self.tf32 = True
 
     def scheduler_kwargs(self, num_steps: int) -> dict[str, Any]:

@@ -10,16 +10,62 @@ from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.products_minigpt import linear
 
 
-# Dense bf16 / fp16 tensor-core FLOP/s from the vendor's data sheets, by part of the device's name.
+# Peak FLOP/s of 16-bit matrix products with fp32 accumulation, without sparsity, by words of the device's name.
+# Sources: the vendor's data sheets, for GeForce and RTX cards the appendices of its architecture white papers (GA102,
+# Ada, RTX Blackwell). Data sheets since Ampere print twice the value, for sparse matrices.
 PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
+    "V100": 125e12,
+    "V100 PCIE": 112e12,
+    "V100S": 130e12,
     "T4": 65e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A6000": 154.8e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+    "RTX 6000 Ada": 364.2e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H20": 148e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
 }
+# Before Ampere, only fp16
+WITHOUT_BF16 = {"V100", "V100 PCIE", "V100S", "T4"}
+# Words of a name that make it another chip, or a part of one
+OTHER_CHIPS = {"Ti", "SUPER", "D", "Laptop", "MIG"}
+
+
+def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
+    """Return the peak FLOP/s of a GPU in matrix products, from the vendor's data sheet.
+
+    Args:
+        name: as `torch.cuda.get_device_name` returns it, such as "NVIDIA A100-SXM4-80GB".
+        dtype: of the matrices.
+
+    Returns:
+        None if the GPU is not in the table, or `dtype` is not a 16-bit type that its tensor cores have.
+    """
+    words = set(name.replace("-", " ").split())
+    parts = [part for part in PEAK_FLOPS if words.issuperset(part.split())]
+    if not parts or words & OTHER_CHIPS or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    part = max(parts, key=lambda part: len(part.split()))
+    return None if dtype == torch.bfloat16 and part in WITHOUT_BF16 else PEAK_FLOPS[part]
 
 
 def flops_per_token(config: MiniGPTConfig, num_parameters: int, context_length: int) -> float:
@@ -72,11 +118,8 @@ def _synchronize(device: torch.device) -> None:
 def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return the peak FLOP/s that the model FLOPs utilization (MFU) refers to.
 
-    For 16-bit products on a known GPU it is from the data sheet, otherwise measured with a large matrix product, once
-    per process.
+    It is from the data sheet if `peak_flops_of` knows it, otherwise measured with a large matrix product, once per
+    process.
     """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        for part, flops in PEAK_FLOPS.items():
-            if part in torch.cuda.get_device_name(device):
-                return flops
-    return measure_flops_per_second(device, dtype, seconds=0.3)
+    known = peak_flops_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    return known or measure_flops_per_second(device, dtype, seconds=0.3)

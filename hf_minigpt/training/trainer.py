@@ -41,6 +41,11 @@ class RecipeTrainer(Trainer):
             self.add_callback(ConsoleCallback())
         self._seconds_evaluating = 0.0
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # accelerate would enable TF32 for every compiled model in fp32
+        self.args.apply_tf32()
+
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed splits the model over the processes."""
