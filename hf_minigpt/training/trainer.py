@@ -10,13 +10,14 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .arguments import LanguageModelArguments, RecipeArguments
+from .checkpoints.sharded import FsdpCheckpointsMixin
 from .console import ConsoleCallback, without_progress_bars
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
 from .settings import save_settings
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(FsdpCheckpointsMixin, Trainer):
     """
     What the Trainers of all recipes share.
 
@@ -24,6 +25,7 @@ class RecipeTrainer(Trainer):
     - The progress is shown by `ConsoleCallback`.
     - `warmup_stable_decay` decays linearly to zero over `args.decay_fraction` of the steps.
     - The settings that a later run inherits are saved next to the model (`training_settings.json`).
+    - Checkpoints of FSDP are resumed from with or without it (`FsdpCheckpointsMixin`).
     """
 
     args: RecipeArguments
