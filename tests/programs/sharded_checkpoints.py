@@ -1,21 +1,20 @@
 """Runs under accelerate's FSDP2 with processes on CPUs, for tests/training/checkpoints/test_sharded.py.
 
-Started from the repository's root: `python -m tests.programs.sharded_checkpoints FOLDER`. The processes of a run are
-forked, so that the libraries are imported once for all runs.
+Started from the repository's root: `python -m tests.programs.sharded_checkpoints FOLDER`. The processes of each run
+are forked, so that the libraries are imported once for all runs.
 """
 
 import os
 import shutil
-import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import PreTrainedTokenizerFast
 
 from hf_minigpt import MiniGPTForCausalLM
@@ -27,10 +26,10 @@ from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.trainer import LanguageModelTrainer
 from tests.programs.distributed_training import open_store
+from tests.programs.forked_processes import launch_environment, run_forked
 from tests.tiny import tiny_config
 
 
-ROOT = Path(__file__).parents[2]
 ROWS_PER_STEP = 8
 STEPS = 6
 SAVED = 3
@@ -70,13 +69,6 @@ def train(folder: Path, name: str, **arguments) -> None:
     trainer.save_model()
 
 
-def launch_environment(launch_file: str) -> dict[str, str]:
-    """The variables that `accelerate launch` sets for FSDP."""
-    flags = ["--config_file", str(ROOT / "recipes/launch" / launch_file), "--main_process_port", "0", "script.py"]
-    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(flags))[0])
-    return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
-
-
 def gloo_as_gpus() -> None:
     """accelerate has FSDP for GPUs only."""
     init = PartialState.__init__
@@ -89,39 +81,24 @@ def gloo_as_gpus() -> None:
     PartialState.__init__ = patched
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def as_launched(job: Callable[[], None], launch_file: str) -> Callable[[int], None]:
+    """What each process does that `accelerate launch` starts with a launch file."""
+
+    def launched(rank: int) -> None:
+        os.environ |= launch_environment(launch_file)
+        gloo_as_gpus()
+        if os.environ["WORLD_SIZE"] == "1":
+            # accelerate makes no group of one CPU process
+            dist.init_process_group("gloo")
+        job()
+
+    return launched
 
 
-def in_processes(number: int, job, launch_file: str | None = None) -> list[int]:
-    """Run a job in forked processes and return their exit codes; without launch file in one without process group."""
-    port = free_port()
-    children = []
-    for rank in range(number):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                if launch_file is not None:
-                    os.environ |= launch_environment(launch_file) | {"MASTER_ADDR": "127.0.0.1"}
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-                    os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-                    gloo_as_gpus()
-                    if number == 1:
-                        dist.init_process_group("gloo")
-                job()
-                code = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                # without the destructors of the process group, see distributed_training.py
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def refused(folder: Path) -> None:
+    trainer = make_trainer(folder, folder / "sharded_after_plain")
+    with pytest.raises(ValueError, match="was written without FSDP.*--model"):
+        train_safely(trainer, allow_changed_run=True)
 
 
 def main(folder: Path) -> None:
@@ -144,12 +121,18 @@ def main(folder: Path) -> None:
         ("alone", 1, None, None),
     )
     for name, number, launch_file, source in runs:
-        print(name, flush=True)
         if source is not None:
             shutil.copytree(folder / source / f"checkpoint-{SAVED}", folder / name / f"checkpoint-{SAVED}")
-        codes = in_processes(number, lambda name=name: train(folder, name), launch_file)
-        if any(codes):
-            sys.exit(f"{name}: exit codes {codes}")
+        start(name, number, lambda name=name: train(folder, name), launch_file)
+    shutil.copytree(folder / "alone" / f"checkpoint-{SAVED}", folder / "sharded_after_plain" / f"checkpoint-{SAVED}")
+    start("refused", 2, lambda: refused(folder), sharded)
+
+
+def start(name: str, number: int, job: Callable[[], None], launch_file: str | None) -> None:
+    print(name, flush=True)
+    codes = run_forked(number, as_launched(job, launch_file) if launch_file else lambda rank: job())
+    if any(codes):
+        sys.exit(f"{name}: exit codes {codes}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ DELETED = "_deleted-"
 
 # seconds; an NFS server keeps the locks of a dead client for about 90
 LOCK_OF_ANOTHER_MACHINE = 120.0
+# seconds; a network file system may show a new file late
+SHARED_WITHIN = 10.0
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 BLOCK_SIZE = 1 << 20
@@ -216,11 +218,8 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -
     return answer[0]
 
 
-def check_shared(output_dir: str | Path, seconds: float = 10) -> None:
+def check_shared(output_dir: str | Path) -> None:
     """Check that all processes, on whichever machine, see the same output folder. All of them must call this.
-
-    Args:
-        seconds: how long to wait for a network file system to show a new file.
 
     Raises:
         ValueError: some do not. The message names their machines.
@@ -234,7 +233,7 @@ def check_shared(output_dir: str | Path, seconds: float = 10) -> None:
         path.touch()
     dist.broadcast_object_list(answer, src=0)
     path = Path(output_dir, answer[0])
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SHARED_WITHIN
     # listing the folder refreshes the cache of a network file system
     while not (is_seen := path.parent.is_dir() and path.name in os.listdir(path.parent)) and time.monotonic() < deadline:
         time.sleep(0.1)
