@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_minigpt import MiniGPTForCausalLM
@@ -153,6 +155,21 @@ def test_the_loop_trains_like_the_trainer(corpus, folder):
     assert AutoModelForCausalLM.from_pretrained(folder / "loop").config.hidden_size == 32
 
 
+def test_the_compiled_loop_is_the_eager_one(corpus, folder):
+    """And the eager loop resumes its checkpoint."""
+    arguments = [*SMALL, "--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+    eager = pretrain_loop.main([*arguments, *flags(folder, folder / "eager", corpus)])
+    counters.clear()
+    compiled_flags = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
+    output = folder / "compiled"
+    compiled = pretrain_loop.main([*arguments, *compiled_flags, *flags(folder, output, corpus)])
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+    shutil.rmtree(output / "checkpoint-4")
+    resumed = pretrain_loop.main([*arguments, "--resume_from_checkpoint", "auto", *flags(folder, output, corpus)])
+    assert resumed["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+
+
 def test_two_processes_are_one_run(corpus, folder):
     """Two processes with half the batch each train like one process."""
     arguments = [*SMALL, "--max_steps", "4", "--dataset", str(corpus), "--cache_dir", str(folder / "cache")]
@@ -160,6 +177,7 @@ def test_two_processes_are_one_run(corpus, folder):
     command += ["-m", "tests.programs.pretraining_recipes", str(folder), *arguments]
     printed = run(command, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "recipes")]))
     assert printed.count("2 processes") == 2
+    assert printed.count("broadcasts of buffers: 0;") == 2
 
     larger = [*arguments, "--per_device_train_batch_size", "8"]
     alone = pretrain.main([*larger, "--output_dir", str(folder / "one")])

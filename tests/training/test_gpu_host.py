@@ -1,16 +1,35 @@
 """What the arguments and the Trainers do on hosts with GPUs, pretended here: devices, TF32, compilation, syncs."""
 
+import itertools
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers.utils.import_utils import enable_tf32
 
-from hf_minigpt import MiniGPTForCausalLM
+from hf_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
+from hf_minigpt.classification.arguments import ClassificationArguments
+from hf_minigpt.classification.batching import ReviewCollator, ReviewRows
+from hf_minigpt.classification.trainer import ClassificationTrainer, classification_optimizer
+from hf_minigpt.data.collators import LanguageModelCollator
+from hf_minigpt.data.rows import ShuffledDocumentRows
+from hf_minigpt.instructions.arguments import SFTArguments
+from hf_minigpt.instructions.rows import InstructionCollator, PackedRows
+from hf_minigpt.instructions.trainer import InstructionTrainer
 from hf_minigpt.pretraining.arguments import PretrainArguments
+from hf_minigpt.recipes import pretrain_loop
 from hf_minigpt.training import arguments, flops
+from hf_minigpt.training.checkpoints.signals import StopSignals
+from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.flops import peak_flops_of, peak_flops_per_second
-from hf_minigpt.training.trainer import LanguageModelTrainer
+from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
+from hf_minigpt.training.trainer import LanguageModelTrainer, RecipeTrainer
+from tests.instructions.tiny_chat import chat_model, tokenized
+from tests.pretended_gpu import count_syncs, pretended_gpu, to_gpu
+from tests.programs.distributed_training import open_store
 from tests.tiny import tiny_config
 
 
@@ -136,3 +155,118 @@ def test_the_peak_of_an_unknown_gpu_is_measured(gpu_host, monkeypatch):
     peak_flops_per_second.cache_clear()
     assert peak_flops_per_second(device, torch.float16) == 1e9
     peak_flops_per_second.cache_clear()
+
+
+# Syncs of an optimizer step with two micro-batches. Those of the model and the optimizer have tests of their own.
+
+
+STEPS = 3
+OPTIONS = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "logging_strategy": "no",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def pretraining(folder: Path, **options) -> RecipeTrainer:
+    args = PretrainArguments(str(folder), per_device_train_batch_size=4, **OPTIONS, **options)
+    return LanguageModelTrainer(
+        MiniGPTForCausalLM(tiny_config("modern")),
+        args,
+        train_dataset=ShuffledDocumentRows(open_store(folder / "store"), 16, seed=3),
+        data_collator=LanguageModelCollator(pad_token_id=1),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
+    )
+
+
+def instructions(folder: Path) -> RecipeTrainer:
+    model, tokenizer, _ = chat_model()
+    args = SFTArguments(str(folder), per_device_train_batch_size=1, **OPTIONS)
+    return InstructionTrainer(
+        model,
+        args,
+        train_dataset=PackedRows(tokenized(tokenizer), 64),
+        data_collator=InstructionCollator(tokenizer.pad_token_id),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
+    )
+
+
+def classification(folder: Path) -> RecipeTrainer:
+    _, tokenizer, _ = chat_model()
+    texts = ["here is " + "the box " * (1 + i % 7) for i in range(40)]
+    options = {"load_best_model_at_end": False, "early_stopping_patience": None, "adversarial_epsilon": 0.01}
+    args = ClassificationArguments(str(folder), tokens_per_batch=64, **OPTIONS, **options)
+    config = tiny_config("modern", vocab_size=len(tokenizer), unpadded_vocab_size=None)
+    config.pad_token_id = tokenizer.pad_token_id
+    return ClassificationTrainer(
+        MiniGPTForSequenceClassification(config),
+        args,
+        train_dataset=ReviewRows(texts, [i % 2 for i in range(40)], tokenizer, 24, training=True),
+        data_collator=ReviewCollator(tokenizer.pad_token_id),
+        optimizer_cls_and_kwargs=classification_optimizer(args),
+    )
+
+
+def outside_the_model(syncs: Counter) -> Counter:
+    places = ("hf_minigpt/model/", "hf_minigpt/training/optimizers.py")
+    return Counter({key: number for key, number in syncs.items() if not key[1].startswith(places)})
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "allowed"),
+    [
+        (pretraining, {"optimizer": "muon", "precision": "bf16"}, 0),
+        # torch's loss scaler asks whether to skip the step, if the optimizer is not fused
+        (pretraining, {"optimizer": "muon", "precision": "fp16"}, 1),
+        (instructions, {}, 0),
+        (classification, {}, 0),
+    ],
+)
+def test_a_step_of_the_trainer_does_not_wait_for_the_gpu(gpu_host, monkeypatch, tmp_path, make, options, allowed):
+    totals: list[Counter] = []
+
+    def get_batch_samples(self, *args):
+        totals.append(Counter(syncs))
+        return fetch(self, *args)
+
+    fetch = RecipeTrainer.get_batch_samples
+    monkeypatch.setattr(RecipeTrainer, "get_batch_samples", get_batch_samples)
+    monkeypatch.setattr(RecipeTrainer, "_move_model_to_device", lambda self, model, device: to_gpu(model))
+    with pretended_gpu(), count_syncs() as syncs:
+        trainer = make(tmp_path, **options)
+        # a copy from other memory waits, even if it shall not
+        assert trainer.get_train_dataloader().pin_memory
+        train_safely(trainer)
+    # the first step also moves what stays on the GPU
+    for before, after in itertools.pairwise(totals[1:]):
+        found = outside_the_model(after - before)
+        assert found.total() <= allowed, found
+    assert len(totals) == STEPS
+
+
+def test_a_step_of_the_loop_does_not_wait_for_the_gpu(gpu_host, monkeypatch, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def requested(self):
+        totals.append(Counter(syncs))
+        if len(totals) == STEPS:
+            raise Enough
+        return False
+
+    totals: list[Counter] = []
+    monkeypatch.setattr(StopSignals, "requested", requested)
+    build = pretrain_loop.build_model
+    monkeypatch.setattr(pretrain_loop, "build_model", lambda *args: to_gpu(build(*args)))
+    flags = "--max_examples 30 --context_length 16 --vocab_size 320 --gradient_accumulation_steps 2 --cpu_threads 1"
+    sizes = "--config_overrides hidden_size=32 num_attention_heads=2 num_hidden_layers=2"
+    folders = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    argv = [*f"{flags} --max_steps 20 {sizes}".split(), *folders]
+    argv += ["--eval_strategy", "no", "--save_strategy", "no"]
+    with pretended_gpu(), count_syncs() as syncs, pytest.raises(Enough):
+        pretrain_loop.main(argv)
+    for before, after in itertools.pairwise(totals):
+        assert not outside_the_model(after - before)
