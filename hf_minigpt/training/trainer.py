@@ -32,11 +32,6 @@ class RecipeTrainer(FsdpCheckpointsMixin, Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled and self.args.optimizer == "muon":
-            raise ValueError(
-                "optimizer='muon' orthogonalises whole matrices, but DeepSpeed's ZeRO flattens them into one vector. "
-                "Set --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
-            )
         replaced = [self.pop_callback(callback) for callback in (PrinterCallback, ProgressCallback)]
         # a notebook has a progress bar of its own
         if any(replaced):
