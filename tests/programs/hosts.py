@@ -79,7 +79,8 @@ class Host:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
         command += ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"10.77.0.1:{PORT}"]
         # there is no name server
-        command += ["--rdzv_conf", f"is_host={is_first},join_timeout=120,read_timeout=10", "--local_addr", self.address]
+        command += ["--rdzv_conf", f"is_host={is_first},join_timeout=120,read_timeout=10"]
+        command += ["--local_addr", self.address]
         command += ["--max_restarts", str(restarts), "--monitor_interval", "0.2"]
         return self.start(*command, *arguments, log=log)
 

@@ -97,13 +97,14 @@ def as_launched(job: Callable[[], None], launch_file: str) -> Callable[[int], No
 
 def refused(folder: Path) -> None:
     trainer = make_trainer(folder, folder / "sharded_after_plain")
-    with pytest.raises(ValueError, match="was written without FSDP.*--model"):
+    with pytest.raises(ValueError, match=r"was written without FSDP.*--model"):
         train_safely(trainer, allow_changed_run=True)
 
 
 def main(folder: Path) -> None:
     open_store(folder / "store")
-    train_tokenizer(["a mill"] * 20, 320, model_max_length=16, show_progress=False).save_pretrained(folder / "tokenizer")
+    tokenizer = train_tokenizer(["a mill"] * 20, 320, model_max_length=16, show_progress=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
     sharded, whole = "fsdp2_sharded.yaml", "fsdp2.yaml"
     runs = (
         # name, processes, launch file, run whose checkpoint it resumes from

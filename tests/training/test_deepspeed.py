@@ -31,7 +31,7 @@ def test_the_loop_refuses_deepspeed(tmp_path, monkeypatch):
     args = PretrainArguments(str(tmp_path), optimizer="adamw")
     pretrain_loop.check_loop_possible(args)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed.*recipes/pretrain.py"):
+    with pytest.raises(ValueError, match=r"DeepSpeed.*recipes/pretrain.py"):
         pretrain_loop.check_loop_possible(args)
 
 
@@ -48,7 +48,10 @@ def test_zero_2_is_ddp(tmp_path):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
         command += [f"recipes/launch/{name}.yaml", "recipes/pretrain.py", *arguments]
         command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / name)]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "DS_ACCELERATOR": "cpu"}
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "DS_ACCELERATOR": "cpu",
+        }
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=400)
     ddp, zero = (MiniGPTForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("ddp", "deepspeed"))
     for name, tensor in ddp.items():

@@ -68,6 +68,20 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _files(folder: Path) -> set[str]:
+    """Return the relative names of all files in a checkpoint, except the manifest."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return names - {MANIFEST}
+
+
+def _wait_for_files(folder: Path, names: set[str]) -> None:
+    deadline = time.monotonic() + SHARED_WITHIN
+    while missing := names - _files(folder):
+        if time.monotonic() >= deadline:
+            raise OSError(errno.ENOENT, f"{sorted(missing)} of other processes do not appear in {folder}")
+        time.sleep(0.1)
+
+
 def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
     """Flush all files of a folder to the disk, then write its manifest, atomically.
 
@@ -76,7 +90,7 @@ def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) ->
         run: fingerprint of the run for `check_same_run`, as JSON values.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    paths = sorted(folder / name for name in _files(folder))
     files = {}
     for path in paths:
         _fsync(path)
@@ -218,6 +232,11 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -
     return answer[0]
 
 
+def _is_listed(path: Path) -> bool:
+    # unlike `exists`, whose answer a network file system keeps for a while
+    return path.parent.is_dir() and path.name in os.listdir(path.parent)
+
+
 def check_shared(output_dir: str | Path) -> None:
     """Check that all processes, on whichever machine, see the same output folder. All of them must call this.
 
@@ -234,8 +253,7 @@ def check_shared(output_dir: str | Path) -> None:
     dist.broadcast_object_list(answer, src=0)
     path = Path(output_dir, answer[0])
     deadline = time.monotonic() + SHARED_WITHIN
-    # listing the folder refreshes the cache of a network file system
-    while not (is_seen := path.parent.is_dir() and path.name in os.listdir(path.parent)) and time.monotonic() < deadline:
+    while not (is_seen := _is_listed(path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     machines: list[Any] = [None] * world_size()
     dist.all_gather_object(machines, None if is_seen else socket.gethostname())
@@ -244,8 +262,8 @@ def check_shared(output_dir: str | Path) -> None:
     blind = sorted({machine for machine in machines if machine is not None})
     if blind:
         raise ValueError(
-            f"output_dir={output_dir} of {answer[1]} is not visible on {', '.join(blind)}: each process writes its part "
-            "of a checkpoint there. Set it to a folder on a file system that all machines share, such as NFS."
+            f"output_dir={output_dir} of {answer[1]} is not visible on {', '.join(blind)}: each process writes its "
+            "part of a checkpoint there. Set it to a folder on a file system that all machines share, such as NFS."
         )
 
 
@@ -436,12 +454,17 @@ class CheckpointSealer:
             OSError: the previous checkpoint could not be sealed.
         """
         self.wait()
+        folder = Path(folder)
+        # On a network file system, the main process may see the files of other machines late: each names its own.
+        names: list[Any] = [_files(folder)]
         if world_size() > 1:
-            dist.barrier()
+            names = names * world_size()
+            dist.all_gather_object(names, names[0])
         if rank() == 0:
-            self._pending = self._pool.submit(self._seal, Path(folder), list(protected))
+            self._pending = self._pool.submit(self._seal, folder, set().union(*names), list(protected))
 
-    def _seal(self, folder: Path, protected: list[str | Path]) -> None:
+    def _seal(self, folder: Path, names: set[str], protected: list[str | Path]) -> None:
+        _wait_for_files(folder, names)
         seal_checkpoint(folder, self.run)
         rotate_checkpoints(self.output_dir, self.keep, protected)
 

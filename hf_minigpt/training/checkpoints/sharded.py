@@ -25,11 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import StateDictType
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 
+from ...model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification
 from ..settings import save_settings
 from .sealing import CHECKPOINT_NAME, verify_checkpoint
 
@@ -84,7 +81,7 @@ def merge_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> PreTrain
 
     Raises:
         BrokenCheckpoint: a file does not match the manifest. Nothing was read from it.
-        ValueError: the checkpoint has no sharded model.
+        ValueError: the checkpoint has no sharded model, or one that is no MiniGPT.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if not is_sharded(checkpoint) or not Path(checkpoint, "config.json").is_file():
@@ -94,9 +91,10 @@ def merge_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> PreTrain
         )
     verify_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
-    is_language_model = config.architectures[0] == MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if is_language_model else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    model = mapping[type(config)](config)
+    classes = {each.__name__: each for each in (MiniGPTForCausalLM, MiniGPTForSequenceClassification)}
+    if config.architectures[0] not in classes:
+        raise ValueError(f"{checkpoint} has a {config.architectures[0]}; only {' and '.join(classes)} can be merged.")
+    model = classes[config.architectures[0]](config)
     load_weights(checkpoint, model)
     model.save_pretrained(output_dir)
     for path in checkpoint.iterdir():
@@ -144,7 +142,8 @@ class FsdpCheckpointsMixin(Trainer):
             with self._state_dict_type_of(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif is_of_fsdp(resume_from_checkpoint):
-            load_weights(resume_from_checkpoint, model or self.model)
+            plain_model: Any = model or self.model
+            load_weights(resume_from_checkpoint, plain_model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -155,10 +154,13 @@ class FsdpCheckpointsMixin(Trainer):
             with self._state_dict_type_of(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         else:
+            model: Any = self.model
             # accelerate's wrapper
-            load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
+            optimizer: Any = self.optimizer
+            scheduler: Any = self.lr_scheduler
+            load_optimizer(checkpoint, model, optimizer.optimizer)
             path = Path(checkpoint, f"{SCHEDULER_NAME}.pt")
-            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+            scheduler.load_state_dict(torch.load(path, weights_only=True))
 
     def _state_dict_type_of(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
         if not is_of_fsdp(checkpoint):
