@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def free_port() -> int:
 def run_forked(number: int, job: Callable[[int], None], seconds: int = 120) -> list[int]:
     """Call `job(rank)` in forked processes with the environment of `torchrun`, and return their exit codes.
 
-    A process that takes longer ends by SIGALRM: its exit code is negative.
+    A process that takes longer is killed: its exit code is negative.
     """
     port = free_port()
     children = []
@@ -45,7 +46,6 @@ def run_forked(number: int, job: Callable[[int], None], seconds: int = 120) -> l
         if child == 0:
             code = 1
             try:
-                signal.alarm(seconds)
                 os.environ |= torchrun_environment(rank, number, port)
                 job(rank)
                 code = 0
@@ -57,4 +57,12 @@ def run_forked(number: int, job: Callable[[int], None], seconds: int = 120) -> l
                 # without the destructors of the process group, see distributed_training.py
                 os._exit(code)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    deadline, codes = time.monotonic() + seconds, {}
+    while len(codes) < number:
+        for child in children:
+            if child not in codes and (status := os.waitpid(child, os.WNOHANG)) != (0, 0):
+                codes[child] = os.waitstatus_to_exitcode(status[1])
+            elif child not in codes and time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]

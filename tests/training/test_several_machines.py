@@ -192,7 +192,7 @@ def test_a_silent_host_does_not_hang_the_others(tmp_path):
             assert time.monotonic() - start < 20
             os.kill(pids[1], signal.SIGKILL)
 
-    assert run_forked(2, job, seconds=40) == [0, -signal.SIGKILL]
+    assert run_forked(2, job, seconds=20) == [0, -signal.SIGKILL]
 
 
 def test_the_lock_of_a_dead_host_is_waited_for(tmp_path, monkeypatch, capsys):
