@@ -122,6 +122,17 @@ def test_a_skipped_or_empty_check_does_not_count_as_passed(harness):
     assert empty["verdict"] == "failed"
 
 
+def test_only_a_part_that_says_so_is_skipped_for_want_of_memory(harness):
+    def reports():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    (skipped,) = harness.guarded("large", reports(), memory=True)
+    (failed,) = harness.guarded("small", reports())
+    assert isinstance(skipped, harness.Skip) and "needs more memory" in str(skipped)
+    assert isinstance(failed, harness.Failure)
+
+
 def test_the_table_shows_the_figure_that_is_worst(harness):
     near = harness.Finding("near", 0.9, 1.0, 2.0, "twice")
     far = harness.Finding("far", 1.6, 2.0, 3.0, "thrice", least=1.0)

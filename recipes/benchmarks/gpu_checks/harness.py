@@ -138,14 +138,22 @@ def run_check(number: int, machine: Machine) -> Iterator[dict[str, Any]]:
         yield head | record(Failure("found nothing"))
 
 
-def guarded(part: str, reports: Iterable[Report]) -> Iterator[Report]:
-    """Yield the reports of a part of a check, and its end if it crashes or cannot run here, so that others go on."""
+def guarded(part: str, reports: Iterable[Report], memory: bool = False) -> Iterator[Report]:
+    """
+    Yield the reports of a part of a check, and its end if it crashes or cannot run here, so that others go on.
+
+    Args:
+        memory: whether a part that needs more memory than the device has is skipped instead of failed.
+    """
     part = f"{part}: " if part else ""
     try:
         yield from reports
-    except (Skip, torch.OutOfMemoryError) as reason:
+    except Skip as reason:
         yield Skip(f"{part}{first_line(reason)}")
     except (Exception, SystemExit) as error:
+        if memory and isinstance(error, torch.OutOfMemoryError):
+            yield Skip(f"{part}needs more memory than this device has")
+            return
         traceback.print_exc()
         yield Failure(f"{part}{type(error).__name__}: {first_line(error)}")
 

@@ -120,10 +120,10 @@ def speed(machine: Machine) -> Iterator[Report]:
     sizes = [("gpt2", 2, 32)] if machine.dry_run else [("gpt2", 64, 512), ("minigpt-base", 32, 1024)]
     for name, rows, length in sizes:
         label = f"{name}, {rows} x {length}"
-        yield from guarded(label, parts(machine, name, rows, length, label))
+        yield from guarded(label, parts(machine, name, rows, length, label), memory=True)
         for compiled in (False, True):
             how = f"{label}, {'compiled' if compiled else 'eager'}"
-            yield from guarded(how, steps(machine, name, rows, length, compiled, how))
+            yield from guarded(how, steps(machine, name, rows, length, compiled, how), memory=True)
     yield from guarded("decoding", decoding(machine))
 
 
