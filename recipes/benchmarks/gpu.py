@@ -1,144 +1,156 @@
 """
-Check and time the recipes' precisions, flash attention and torch.compile on this machine's GPU.
+Check and time the package on this machine's GPU: twelve checks in less than ten minutes, offline.
 
-    python recipes/benchmarks/gpu.py                             # minigpt-base, 16 x 1024 tokens a step
-    python recipes/benchmarks/gpu.py --preset gpt2 --batch_size 8
+    python recipes/benchmarks/gpu.py
+    python recipes/benchmarks/gpu.py --only 2,4 --output_dir runs/gpu
+    python recipes/benchmarks/gpu.py --dry_run               # the same code on a CPU, with tiny models
 
-Compares the loss of bf16, fp16, flash attention and torch.compile with that of float32, within a tolerance for each
-precision, times a training step of each, and reports its share of the GPU's peak (MFU, by nanoGPT's count of FLOPs).
-Exits with status 1 if a loss differs, and with status 2 if there is no CUDA device.
+    1  environment, TF32                     7  MuonAdamW as on the CPU, loss scaler, save and load
+    2  fp32 as on the CPU, all presets       8  greedy text as on the CPU, static cache as dynamic
+    3  bf16 and fp16 near fp32               9  recipes beside the CPU's losses, resume
+    4  packed documents as alone            10  FSDP2 and DDP as one process
+    5  no synchronization in a step         11  peak memory
+    6  compiled as eager                    12  speed
+
+Every figure has bounds, and a control: the same figure of a variant that is broken on purpose, which must be out of
+bounds. If a control passes, the check proves nothing and is `void`, which counts as failed. A check that cannot run
+here is `skipped`, with the reason, and does not count as passed.
+
+Each check runs in its own process, so that one that crashes or hangs does not stop the others. Writes results.json,
+results.md (a table ready for the README) and a log.txt for each check to `--output_dir`. Exit codes: 0 all passed, 1
+something failed or nothing passed, 2 no CUDA device.
 """
 
 import argparse
-import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from common import NO_DROPOUT, make_parser, print_result
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.utils import is_flash_attn_2_available
-
-from hf_minigpt import MiniGPTForCausalLM, preset
-from hf_minigpt.training.flops import PEAK_FLOPS, flops_per_token
-from hf_minigpt.training.optimizers import muon_adamw
+from common import make_parser
+from gpu_checks import correctness, speed, training  # noqa: F401 - registers the checks
+from gpu_checks.harness import CHECKS, Failure, Machine, exit_code, line, markdown, record, run_check
 
 
-# largest relative difference from the loss in float32 (TF32 off): a few units of the format's last place
-TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 4e-3, "bf16": 2e-2}
-
-Setting = dict[str, object]
-
-
-def settings() -> list[Setting]:
-    """Return what is compared, in order: name, precision, attention, whether it is compiled."""
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    half = "bf16" if has_bf16 else "fp16"
-    tried: list[Setting] = [
-        {"name": "fp32", "precision": "fp32"},
-        {"name": "tf32", "precision": "tf32"},
-        {"name": "fp16", "precision": "fp16"},
-    ]
-    if has_bf16:
-        tried.append({"name": "bf16", "precision": "bf16"})
-    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa_flash"
-    tried.append({"name": f"{half}, {attention}", "precision": half, "attention": attention})
-    tried.append({"name": f"{half}, compiled", "precision": half, "compile": True})
-    return tried
+def numbers(text: str) -> list[int]:
+    """Parse `--only`, such as 2,4."""
+    try:
+        chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        chosen = []
+    if not chosen or not set(chosen) <= set(CHECKS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of checks. Give numbers from 1 to 12, such as 2,4.")
+    return chosen
 
 
-def run(setting: Setting, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return the loss before training, tokens per second of a training step, and peak memory in GiB."""
-    precision = setting["precision"]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
-    config = preset(args.preset, **NO_DROPOUT, residual_init="gpt2")
-    implementation = "flash_attention_2" if setting.get("attention") == "flash_attention_2" else "sdpa"
-    model = MiniGPTForCausalLM._from_config(config, attn_implementation=implementation).to(device)
-    optimizer = muon_adamw(model, learning_rate=1e-3, matrix_learning_rate=0.01)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(precision))
-    scaler = torch.amp.GradScaler(enabled=precision == "fp16")
-    autocast = torch.autocast("cuda", dtype) if dtype is not None else contextlib.nullcontext()
-    backends = [SDPBackend.FLASH_ATTENTION]
-    if setting.get("attention") != "sdpa_flash":
-        backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-    forward = torch.compile(model) if setting.get("compile") else model
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", type=numbers, default=sorted(CHECKS), metavar="N,N", help="run only these checks")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--time_limit", type=float, default=600, help="seconds for all checks; default: 600")
+    parser.add_argument("--dry_run", action="store_true", help="run on a CPU, with tiny models")
+    parser.add_argument("--in_process", action="store_true", help="run the checks in this process, without time limit")
+    # what this program starts itself: one check, and one of two processes of check 10
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
-    context_length = min(args.context_length, config.max_position_embeddings)
-    shape = (args.batch_size, context_length)
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(device)
 
-    def step() -> torch.Tensor:
-        with autocast, sdpa_kernel(backends):
-            loss = forward(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return loss
+def run_here(args: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
+    """Run the checks in this process, and write their records to records.jsonl as they come."""
+    if not machine.dry_run:
+        torch.cuda.set_device(machine.device)
+    records = []
+    with (machine.folder / "records.jsonl").open("w") as file:
+        for number in args.only:
+            for found in run_check(number, machine):
+                print(line(found), flush=True)
+                print(json.dumps(found), file=file, flush=True)
+                records.append(found)
+    return records
 
-    first_loss = step().item()
-    for _ in range(args.warmup_steps):
-        step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(args.steps):
-        step()
-    torch.cuda.synchronize()
-    tokens_per_second = args.steps * ids.numel() / (time.perf_counter() - start)
-    results = {
-        "loss": first_loss,
-        "tokens_per_second": tokens_per_second,
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "flops_per_second": tokens_per_second * flops_per_token(config, model.num_parameters(), context_length),
-    }
-    torch.compiler.reset()
-    return results
+
+def run_apart(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run each check in a process of its own, until the time is up."""
+    end = time.monotonic() + args.time_limit
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    records: list[dict[str, Any]] = []
+    for number in args.only:
+        folder = args.output_dir / f"check_{number}"
+        file = folder / "records.jsonl"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--apart", "--only", str(number), "--output_dir", str(folder)]
+        command += ["--dry_run"] if args.dry_run else []
+        reason = None
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            # a group of processes, because a check may start others
+            process = subprocess.Popen(command, stderr=log, env=environment, start_new_session=True)
+            try:
+                status = process.wait(max(end - time.monotonic(), 0))
+                if status not in (0, 1):
+                    reason = f"its process ended with status {status}; see {log.name}"
+            except subprocess.TimeoutExpired:
+                reason = f"the time limit of {args.time_limit:.0f} s is reached; raise --time_limit"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        found = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+        if reason is not None or not found:
+            ended = record(Failure(reason or "its process found nothing"))
+            found.append({"check": number, "title": CHECKS[number].title, **ended})
+            print(line(found[-1]), flush=True)
+        records += found
+    return records
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with text in place of the numbers that JSON does not have."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__)
-    parser.add_argument("--preset", default="minigpt-base")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--context_length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup_steps", type=int, default=5)
-    parser.add_argument(
-        "--peak_flops",
-        type=float,
-        help="of this GPU, if hf_minigpt/training/flops.py does not list it",
-    )
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("No CUDA device: this benchmark times a GPU. On a CPU, recipes/pretrain.py reports its own speed.")
+    args = parse(argv)
+    # the dry run pretends a GPU with a module of the tests
+    sys.path.append(str(Path(__file__).parents[2]))
+    if not args.dry_run and not torch.cuda.is_available():
+        print("No CUDA device: this program checks a GPU. With --dry_run it shows on a CPU what it does.")
         return 2
+    device = torch.device("cpu") if args.dry_run else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    folder = args.output_dir if args.worker is None else args.worker.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = Machine(device, folder.resolve(), args.dry_run)
+    if args.worker is not None:
+        if not args.dry_run:
+            torch.cuda.set_device(device)
+        training.worker(machine, args.worker)
+        return 0
+    if args.apart:
+        return exit_code(run_here(args, machine))
 
-    device = torch.device("cuda")
-    name = torch.cuda.get_device_name(device)
-    known = [flops for part, flops in PEAK_FLOPS.items() if part in name]
-    peak = args.peak_flops or (known[0] if known else None)
-    print(f"{name}, torch {torch.__version__}, {args.preset}, {args.batch_size} x {args.context_length} tokens a step")
-    results: dict[str, dict[str, float]] = {}
-    failed = []
-    for setting in settings():
-        label, precision = str(setting["name"]), str(setting["precision"])
-        result = results[label] = run(setting, args, device)
-        error = abs(result["loss"] / results["fp32"]["loss"] - 1)
-        if not error <= TOLERANCE[precision]:
-            failed.append(label)
-        if peak is not None and precision in ("fp16", "bf16"):
-            result["mfu"] = result["flops_per_second"] / peak
-        print(
-            f"{label:26} {result['tokens_per_second']:12,.0f} tokens/s {result['memory_gib']:6.1f} GiB   "
-            f"MFU {result.get('mfu', float('nan')):6.1%}   loss off by {error:.1e}"
-            + ("  FAILED" if label in failed else "")
-        )
-    base = results["fp32"]["tokens_per_second"]
-    ratios = {f"{label} over fp32": result["tokens_per_second"] / base for label, result in results.items()}
-    print_result(device=name, results=results, ratios=ratios, failed=failed)
-    return 1 if failed else 0
+    start = time.monotonic()
+    records = run_here(args, machine) if args.in_process else run_apart(args)
+    heading = f"{machine.name}, torch {torch.__version__}"
+    table = markdown(records, heading)
+    results = {
+        "machine": heading,
+        "seconds": round(time.monotonic() - start, 1),
+        "records": list(map(finite, records)),
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    (folder / "results.md").write_text(table)
+    print(f"\n{table}\nAlso in {folder / 'results.md'} and {folder / 'results.json'}")
+    code = exit_code(records)
+    print(f"{'All that could run here has passed' if code == 0 else 'FAILED'}, {results['seconds']:.0f} s")
+    return code
 
 
 if __name__ == "__main__":
