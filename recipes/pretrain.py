@@ -53,7 +53,7 @@ from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.console import describe_model, describe_plan, print_header, print_sample, print_summary
 from hf_minigpt.training.evaluation import decode_documents, sample_texts, tale_metrics
-from hf_minigpt.training.loading import build_model, context_length
+from hf_minigpt.training.loading import build_model, context_length, whole_model
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
 from hf_minigpt.training.processes import check_writable, end_training, use_all_cores
@@ -128,10 +128,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
         save_results()
         with optional("sampling a text"):
-            (sample,) = sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
+            whole = whole_model(model, args.output_dir)
+            (sample,) = sample_texts(whole, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)
         if data_args.dataset is None:
             with optional("evaluating the model's tales"):
-                tales = sample_texts(model, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
+                whole = whole_model(model, args.output_dir)
+                tales = sample_texts(whole, tokenizer, 64, max_new_tokens=length - 1, seed=args.seed + 1)
                 held_out = decode_documents(corpus.validation, tokenizer)
                 figures = tale_metrics(metrics["eval_bits_per_byte"], held_out, tales)
                 metrics |= {f"eval_{name}": value for name, value in figures.items()}

@@ -39,10 +39,17 @@ from hf_minigpt.training.checkpoints.sealing import CheckpointSealer, check_resu
 from hf_minigpt.training.checkpoints.signals import StopSignals
 from hf_minigpt.training.console import describe_model, describe_plan, print_header, print_sample, print_summary
 from hf_minigpt.training.evaluation import evaluate_language_model, sample_texts
-from hf_minigpt.training.loading import build_model, context_length
+from hf_minigpt.training.loading import build_model, context_length, whole_model
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
-from hf_minigpt.training.processes import check_writable, end_training, print_once, use_all_cores
+from hf_minigpt.training.processes import (
+    check_writable,
+    end_training,
+    print_once,
+    use_all_cores,
+    use_exact_reductions,
+    with_own_class,
+)
 from hf_minigpt.training.safeguards import optional
 from hf_minigpt.training.settings import save_settings
 
@@ -111,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=bool(args.ddp_broadcast_buffers))],
     )
     args.apply_tf32()
+    use_exact_reductions(accelerator)
     with accelerator.local_main_process_first():
         tokenizer, corpus = prepare_data(model_args, data_args, documents)
 
@@ -200,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             total = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
-                with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                with nullcontext() if is_last else accelerator.no_sync(wrapped), accelerator.autocast():
                     loss = wrapped(**batch, num_items_in_batch=num_tokens, skip_logits=True, use_cache=False).loss
                     # DDP averages the gradients over the processes, but they must be summed
                     accelerator.backward(loss * accelerator.num_processes)
@@ -237,8 +245,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     stop.exit_if_requested()
 
     # The weights first: nothing that fails later may lose them.
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        model.save_pretrained(args.output_dir)
+        with with_own_class(model):
+            model.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         save_settings(args, args.output_dir)
     results = evaluate(None)
@@ -247,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with optional("drawing loss.png"):
             plot_losses(history, Path(args.output_dir, "loss.png"), title=Path(args.output_dir).name)
         with optional("sampling a text"):
-            print_sample(sample_texts(model, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
+            whole = whole_model(model, args.output_dir)
+            print_sample(sample_texts(whole, tokenizer, 1, max_new_tokens=min(length - 1, 200), seed=args.seed)[0])
         print_summary(
             format_metrics(results), args.output_dir, ["loss.png"], [f"{command_for('generate')} {args.output_dir}"]
         )

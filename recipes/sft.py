@@ -51,7 +51,7 @@ from hf_minigpt.recipes import pretrain
 from hf_minigpt.training.checkpoints.sealing import check_resume
 from hf_minigpt.training.checkpoints.train_safely import train_safely
 from hf_minigpt.training.console import describe_plan, print_header, print_summary
-from hf_minigpt.training.loading import check_base_exists, load_base_model
+from hf_minigpt.training.loading import check_base_exists, load_base_model, whole_model
 from hf_minigpt.training.lora import LoraArguments, add_lora
 from hf_minigpt.training.optimizers import optimizer_cls_and_kwargs
 from hf_minigpt.training.parsing import parse
@@ -119,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
     )
+    if trainer.is_sharded and lora_args.merge_lora:
+        raise ValueError(
+            "merge_lora=True: sharded adapters cannot be merged. Leave it out, and merge the saved adapter in one "
+            "process with `hf_minigpt.adapters.save_merged(adapter, folder)`."
+        )
     print_header(
         f"Instruction finetuning in {args.output_dir}",
         {
@@ -133,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for index in range(min(sft_args.show_examples, len(data.training))):
         trainer.accelerator.print(highlight_loss_tokens(tokenizer, data.training, index), end="\n\n")
     is_main = trainer.is_world_process_zero()
-    # a sharded model cannot generate in one process
-    generates = is_main and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    # the Trainer leaves a model that is yet to be sharded on the CPU
+    model.to(args.device)
     held_out = data.held_out.conversations
     answers_before: list[Answer] = []
-    if generates:
+    if is_main:
         with optional("answering before the training"):
             answers_before = generate_answers(
                 model, tokenizer, held_out[:NUM_SAMPLES], max_new_tokens=sft_args.max_new_tokens
@@ -165,10 +170,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 save_sft_card(report, metrics, answers_before, answers[:NUM_SAMPLES], args.output_dir)
 
         save_results()
-        if generates and sft_args.eval_answers > 0:
+        if sft_args.eval_answers > 0:
             with optional("answering after the training"):
                 asked = held_out[: sft_args.eval_answers]
-                answers = generate_answers(trainer.model, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
+                whole = whole_model(trainer.model, args.output_dir)
+                answers = generate_answers(whole, tokenizer, asked, max_new_tokens=sft_args.max_new_tokens)
                 metrics |= {f"eval_{name}": value for name, value in answer_metrics(answers).items()}
         with optional("drawing loss.png"):
             path = Path(args.output_dir, "loss.png")

@@ -7,6 +7,7 @@ import torch
 
 from ..training.arguments import ModelArguments
 from ..training.console import describe_plan, print_header, print_summary
+from ..training.loading import whole_model
 from ..training.lora import LoraArguments
 from ..training.safeguards import optional
 from .arguments import ClassificationArguments, ReviewArguments
@@ -88,7 +89,7 @@ def save_results(
     if review_args.pipeline_examples > 0:
         with optional("the evaluation through the pipeline"):
             first = splits.test.select(range(min(review_args.pipeline_examples, len(splits.test))))
-            more |= evaluate_pipeline(model, tokenizer, first, logits[: len(first)])
+            more |= evaluate_pipeline(whole_model(model, output_dir), tokenizer, first, logits[: len(first)])
     save(more)
     shown = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     shown["examples_per_second"] = metrics["train_examples_per_second"]

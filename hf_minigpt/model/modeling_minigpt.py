@@ -41,6 +41,7 @@ from .generation_minigpt import (
 )
 from .loss_minigpt import (
     auxiliary_lm_loss,
+    can_skip_logits,
     causal_lm_loss,
     causal_lm_loss_without_logits,
     classifier_loss,
@@ -50,7 +51,7 @@ from .loss_minigpt import (
     select_positions,
 )
 from .pooling_minigpt import non_padding_mask, pool_last, pool_mean, pool_weighted, truncate_rows
-from .products_minigpt import is_plain_linear, project
+from .products_minigpt import project
 
 
 def build_norm(config: MiniGPTConfig) -> nn.Module:
@@ -81,6 +82,8 @@ def branch_std(config: MiniGPTConfig) -> float:
 
 
 class MiniGPTAttention(nn.Module):
+    head_mask: torch.Tensor | None  # (H, 1)
+
     def __init__(self, config: MiniGPTConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -92,7 +95,8 @@ class MiniGPTAttention(nn.Module):
         # Copied, because reading a config takes microseconds, which matter when a small model decodes.
         self.dropout = config.attn_pdrop
         self.norm_eps = config.layer_norm_epsilon if config.qk_norm else None
-        self.head_mask = config.head_mask[layer_idx] if config.head_mask is not None else None
+        head_mask = None if config.head_mask is None else torch.tensor(config.head_mask[layer_idx]).float()[:, None]
+        self.register_buffer("head_mask", head_mask, persistent=False)
 
         inner_size = config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
@@ -114,6 +118,7 @@ class MiniGPTAttention(nn.Module):
         key = project(self.k_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         value = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         query, key = self.rotate_and_norm(query, key, position_embeddings)
+        query, key = query.type_as(value), key.type_as(value)  # Autocast normalizes in float32.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
@@ -135,7 +140,7 @@ class MiniGPTAttention(nn.Module):
         return query, key
 
     def scale_heads(self, output: torch.Tensor) -> torch.Tensor:
-        return output if self.head_mask is None else output * output.new_tensor(self.head_mask)[:, None]
+        return output if self.head_mask is None else output * self.head_mask.type_as(output)
 
 
 class MiniGPTMLP(nn.Module):
@@ -199,6 +204,11 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    # Every process computes them, and dynamic ones may differ, so that DDP must not broadcast them in each step.
+    _ddp_params_and_buffers_to_ignore = [
+        *("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"),
+        *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
+    ]
     _can_record_outputs = {"hidden_states": MiniGPTBlock, "attentions": MiniGPTAttention}
 
     @torch.no_grad()
@@ -207,6 +217,8 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
         # Per linear layer: transformers never initializes a container without parameters in custom code.
         if isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)  # type: ignore[arg-type]
+        elif isinstance(module, MiniGPTAttention) and module.head_mask is not None:
+            init.copy_(module.head_mask, torch.tensor(module.config.head_mask[module.layer_idx])[:, None])
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -271,7 +283,8 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
                 document begins, and attention does not cross into it.
             token_type_ids: (B, T) ids whose token embeddings are added (GPT-1, GPT-2).
             past_key_values: a cache, which may have any name.
-            kwargs: arguments of the attention function. Any other argument is a TypeError.
+            kwargs: arguments of the attention function. Any other argument is a TypeError. With `cu_seq_lens_q` and
+                `_k`, `max_length_q` and `_k`, a GPU need not search `position_ids` for documents.
         """
         past_key_values = prepare_cache(self, past_key_values, use_cache, kwargs)
         check_arguments(self.config, input_ids, inputs_embeds, position_ids, kwargs)
@@ -355,7 +368,7 @@ class MiniGPTForCausalLM(MiniGPTPreTrainedModel, FastGenerationMixin):
         skip_logits = skip_logits and has_labels and isinstance(logits_to_keep, int) and logits_to_keep == 0
 
         loss = logits = num_correct = None
-        if skip_logits and self.loss_function is causal_lm_loss and is_plain_linear(self.lm_head):
+        if skip_logits and self.loss_function is causal_lm_loss and can_skip_logits(self.lm_head):
             loss, num_correct = causal_lm_loss_without_logits(
                 self.lm_head, hidden_states, labels, self.config, count_correct=count_correct, **loss_kwargs
             )

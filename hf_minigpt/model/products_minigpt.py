@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,10 +207,25 @@ def is_plain_linear(module: nn.Module) -> bool:
     those of accelerate or of a tensor-parallel plan.
     """
     return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks and _is_bare(module)
+    )
+
+
+def is_fsdp_linear(module: nn.Module) -> bool:
+    """
+    Return whether `module` is a linear layer that FSDP2 shards, and nothing else hooks: calling it gathers its weight.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    if fsdp is None or type(module).__bases__ != (fsdp.FSDPModule, nn.Linear):
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks) and _is_bare(module)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Return whether nothing replaces `forward`, and neither backward hooks nor hooks of all modules run."""
+    return (
+        "forward" not in module.__dict__
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and (torch.compiler.is_compiling() or not nn_module._has_any_global_hook())

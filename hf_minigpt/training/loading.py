@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..adapters import is_adapter, merged
+from ..adapters import is_adapter, load_causal_lm, merged
 from ..deploy import conversion
 from ..model.configuration_minigpt import MiniGPTConfig
 from ..model.modeling_minigpt import MiniGPTForCausalLM, MiniGPTForSequenceClassification, MiniGPTPreTrainedModel
@@ -24,6 +25,8 @@ from ..presets import preset
 from ..tokenization import check_tokenizer_fits, load_tokenizer, num_ids, padded_vocab_size
 from .arguments import DataArguments, ModelArguments
 from .checkpoints.sealing import MANIFEST, verify_checkpoint
+from .console import without_progress_bars
+from .processes import class_before_sharding
 
 
 Model = TypeVar("Model", bound=MiniGPTPreTrainedModel)
@@ -279,3 +282,27 @@ def load_checkpoint(
             f"{tuple(expected)}. {remedy}"
         )
     return model
+
+
+def whole_model(model: Any, folder: str | Path) -> Any:
+    """Return a model that one process can run alone: a sharded one, whose layers wait for all processes, is loaded
+    from where it was saved.
+
+    Args:
+        model: a model after training.
+        folder: where its whole weights or its adapter are saved.
+
+    Returns:
+        `model` if it is not sharded, else a copy on its device. An adapter is merged.
+
+    Raises:
+        ValueError: if DeepSpeed's ZeRO-3 shards the model. It also shards models while they are loaded.
+    """
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise ValueError("zero_stage=3: a sharded model cannot run in one process. Set zero_stage to 2, or use FSDP2.")
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return model
+    load = load_causal_lm if is_adapter(folder) else class_before_sharding(model).from_pretrained
+    with without_progress_bars():
+        return load(folder).to(parameters[0].device)

@@ -13,6 +13,7 @@ from .arguments import LanguageModelArguments, RecipeArguments
 from .console import ConsoleCallback, without_progress_bars
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
+from .processes import use_exact_reductions, with_own_class
 from .settings import save_settings
 
 
@@ -35,6 +36,7 @@ class RecipeTrainer(Trainer):
                 "optimizer='muon' orthogonalises whole matrices, but DeepSpeed's ZeRO flattens them into one vector. "
                 "Set --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
             )
+        use_exact_reductions(self.accelerator)
         replaced = [self.pop_callback(callback) for callback in (PrinterCallback, ProgressCallback)]
         # a notebook has a progress bar of its own
         if any(replaced):
@@ -45,6 +47,10 @@ class RecipeTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         # accelerate would enable TF32 for every compiled model in fp32
         self.args.apply_tf32()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        # accelerate autocasts the forward of every model except a sharded one
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     @property
     def is_sharded(self) -> bool:
@@ -104,7 +110,7 @@ class RecipeTrainer(Trainer):
         raise NotImplementedError
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        with without_progress_bars():
+        with without_progress_bars(), with_own_class(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_settings(self.args, output_dir or str(self.args.output_dir))

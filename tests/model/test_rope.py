@@ -1,11 +1,16 @@
 """Every rope_type equals transformers' own, and the configuration refuses wrong parameters."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import dispatch_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from hf_minigpt import MiniGPTConfig, MiniGPTForCausalLM, MiniGPTModel
 from hf_minigpt.model.attention_minigpt import apply_rotary
 from tests.tiny import NO_DROPOUT, random_ids
 
@@ -129,6 +134,77 @@ def test_generated_ids_equal_those_of_gpt_neox(name, share):
     ids = random_ids(2, 9)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **options), neox.generate(ids, **options))
+
+
+CASTS = {
+    "bfloat16": lambda model, path: model.bfloat16(),
+    "half": lambda model, path: model.half(),
+    "to dtype": lambda model, path: model.to(torch.bfloat16),
+    "to device and dtype": lambda model, path: model.to("cpu", torch.bfloat16),
+    "there and back": lambda model, path: model.bfloat16().float(),
+    "double": lambda model, path: model.double(),
+    "base model": lambda model, path: model.model.bfloat16() and model,
+    "copy": lambda model, path: copy.deepcopy(model.bfloat16()),
+    "loaded in bfloat16": lambda model, path: MiniGPTForCausalLM.from_pretrained(path, dtype=torch.bfloat16),
+    "loaded and cast": lambda model, path: MiniGPTForCausalLM.from_pretrained(path).bfloat16(),
+    "device map": lambda model, path: MiniGPTForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, device_map={"": "cpu"}
+    ),
+    "dispatched": lambda model, path: dispatch_model(model.bfloat16(), {"": "cpu"}, force_hooks=True),
+    "built in bfloat16": lambda model, path: MiniGPTForCausalLM._from_config(model.config, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("name", ROPES)
+def test_frequencies_stay_float32(name, cast, tmp_path):
+    """bfloat16 has 8 bits: at position 1,000, an angle rounded to them is off by radians."""
+    parameters = rope_parameters(name, 1)
+    model = MiniGPTForCausalLM(rope_config(parameters))
+    plain = copy.deepcopy(model.model.rotary_emb)
+    model.save_pretrained(tmp_path)
+    rotary = CASTS[cast](model, tmp_path).model.rotary_emb
+    # Within the original context, beyond it, and back: some types depend on the length.
+    for length in (9, 1000, 9):
+        positions = torch.arange(length)[None]
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = plain(torch.zeros(1), positions)
+            for ours, exact in zip(rotary(torch.zeros(1, dtype=dtype), positions), expected, strict=True):
+                assert torch.equal(ours, exact.to(dtype))
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_scores_late_positions_as_a_float32_one():
+    """Within bfloat16's error, of which weights that bfloat16 represents leave only that of its arithmetic."""
+    torch.manual_seed(0)
+    config = rope_config({"rope_theta": 10000.0}, max_position_embeddings=1024, initializer_range=0.1)
+    model = MiniGPTForCausalLM(config).eval().bfloat16().float()
+    ids = random_ids(1, 1001)
+    expected = model(ids).logits[:, -1]
+    error = model.bfloat16()(ids).logits[:, -1].float() - expected
+    assert error.norm() < 0.03 * expected.norm()
+
+
+def test_meta_models_keep_float32_frequencies():
+    with torch.device("meta"):
+        model = MiniGPTForCausalLM(rope_config()).bfloat16()
+    frequencies = model.model.rotary_emb.inv_freq
+    assert (frequencies.device.type, frequencies.dtype) == ("meta", torch.float32)
+    assert model.to_empty(device="cpu").model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_class", [MiniGPTForCausalLM, MiniGPTModel])
+def test_ddp_broadcasts_no_frequencies(model_class, tmp_path, monkeypatch):
+    broadcasts = []
+    monkeypatch.setattr(dist, "_broadcast_coalesced", lambda group, tensors, *args: broadcasts.append(len(tensors)))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(model_class(rope_config()))
+        model(random_ids(1, 3))
+    finally:
+        dist.destroy_process_group()
+    # The parameters, before the first step.
+    assert broadcasts == [len(list(model.parameters()))]
 
 
 def test_a_partial_rotary_factor_rotates_the_first_dimensions():
