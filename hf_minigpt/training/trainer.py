@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .arguments import LanguageModelArguments, RecipeArguments
+from .checkpoints.sharded import FsdpCheckpointsMixin
 from .console import ConsoleCallback, without_progress_bars
 from .evaluation import evaluate_language_model
 from .flops import flops_per_token, peak_flops_per_second
@@ -17,7 +18,7 @@ from .processes import use_exact_reductions, with_own_class
 from .settings import save_settings
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(FsdpCheckpointsMixin, Trainer):
     """
     What the Trainers of all recipes share.
 
@@ -25,17 +26,13 @@ class RecipeTrainer(Trainer):
     - The progress is shown by `ConsoleCallback`.
     - `warmup_stable_decay` decays linearly to zero over `args.decay_fraction` of the steps.
     - The settings that a later run inherits are saved next to the model (`training_settings.json`).
+    - Checkpoints of FSDP are resumed from with or without it (`FsdpCheckpointsMixin`).
     """
 
     args: RecipeArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled and self.args.optimizer == "muon":
-            raise ValueError(
-                "optimizer='muon' orthogonalises whole matrices, but DeepSpeed's ZeRO flattens them into one vector. "
-                "Set --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
-            )
         use_exact_reductions(self.accelerator)
         replaced = [self.pop_callback(callback) for callback in (PrinterCallback, ProgressCallback)]
         # a notebook has a progress bar of its own
