@@ -89,6 +89,8 @@ def check_loop_possible(args: PretrainArguments) -> None:
             f"lr_scheduler_type={args.lr_scheduler_type.value!r} requires the Trainer. Choose another, or use "
             "recipes/pretrain.py."
         )
+    if args.uses_deepspeed:
+        raise ValueError("This loop does not train with DeepSpeed. Launch it without, or use recipes/pretrain.py.")
     if args.optimizer == "trainer":
         raise ValueError("optimizer='trainer': this loop has no Trainer. Set muon or adamw.")
     for name in ("load_best_model_at_end", "auto_find_batch_size", "neftune_noise_alpha"):

@@ -398,6 +398,11 @@ class RecipeArguments(TrainingArguments):
                 f"optim={enum_value(self.optim)!r} requires optimizer='trainer', not {self.optimizer!r}. Set "
                 "--optimizer trainer, or remove --optim."
             )
+        if self.uses_deepspeed and self.optimizer == "muon":
+            raise ValueError(
+                "optimizer='muon' orthogonalises whole matrices, but DeepSpeed's ZeRO flattens them into one vector. "
+                "Set --optimizer adamw, or shard with recipes/launch/fsdp2.yaml."
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove columns that the model reads. Remove this flag.")
         if self.dataloader_persistent_workers:
@@ -501,6 +506,11 @@ class RecipeArguments(TrainingArguments):
             return {"num_decay_steps": 0, "decay_type": "linear"} | kwargs
         num_decay_steps = min(round(self.decay_fraction * num_steps), num_steps - self.get_warmup_steps(num_steps))
         return {"num_decay_steps": num_decay_steps, "decay_type": "linear"} | kwargs
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the processes train with DeepSpeed, by `--deepspeed` or by `accelerate launch`."""
+        return bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
     @property
     def rows_per_step(self) -> int:

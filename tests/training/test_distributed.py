@@ -17,7 +17,6 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from hf_minigpt import MiniGPTForCausalLM
 from hf_minigpt.training.checkpoints.sealing import verify_checkpoint
 from hf_minigpt.training.checkpoints.train_safely import train_safely
-from hf_minigpt.training.trainer import LanguageModelTrainer
 from tests.programs.distributed_training import (
     OPTIMIZERS,
     SAVED,
@@ -175,17 +174,6 @@ def test_deepspeed_launch_file():
 def test_cpu_launch_file():
     args = launch_arguments("cpu.yaml")
     assert (args.use_cpu, args.num_processes, args.mixed_precision) == (True, 1, "no")
-
-
-def test_muon_under_deepspeed_is_refused(folder, monkeypatch):
-    def as_under_deepspeed(self):
-        create_accelerator(self)
-        self.is_deepspeed_enabled = True
-
-    create_accelerator = LanguageModelTrainer.create_accelerator_and_postprocess
-    monkeypatch.setattr(LanguageModelTrainer, "create_accelerator_and_postprocess", as_under_deepspeed)
-    with pytest.raises(ValueError, match=r"optimizer='muon'.*--optimizer adamw"):
-        train(folder, "deepspeed", "muon")
 
 
 @pytest.mark.gpu
