@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return results
 
     sealer = CheckpointSealer(args.output_dir, args.save_total_limit, run)
-    with run_lock(args.output_dir), StopSignals() as stop, sealer:
+    with run_lock(args.output_dir), StopSignals(args.ddp_timeout) as stop, sealer:
         checkpoint = resolve_resume(args.resume_from_checkpoint, args.output_dir)
         step = 0
         if checkpoint is not None:

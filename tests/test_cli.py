@@ -134,7 +134,7 @@ def test_the_wheel_has_the_recipes_and_runs(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         archive.extractall(tmp_path / "site")
-    packaged = [*ROOT.glob("recipes/*.py"), *ROOT.glob("recipes/*/*.yaml")]
+    packaged = [*ROOT.glob("recipes/*.py"), *ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("recipes/launch/*.sh")]
     expected = {f"hf_minigpt/{path.relative_to(ROOT).as_posix()}" for path in packaged}
     expected |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("hf_minigpt/**/*.py")}
     assert set(names) == expected | {"hf_minigpt/py.typed"}

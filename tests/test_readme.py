@@ -10,7 +10,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from torch.distributed.run import get_args_parser
 
 from hf_minigpt.presets import PRESETS
 from hf_minigpt.tokenization import train_tokenizer
@@ -65,6 +67,19 @@ def known_flags(script: str) -> set[str]:
         spec.loader.exec_module(module)
         module.main()
     return set(re.findall(r"(?<![\w-])--\w+", "".join(output)))
+
+
+LAUNCHES = re.compile(r"(\w+=\w+ )*(torchrun|accelerate launch) .*\.py")
+LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if LAUNCHES.match(command)])
+def test_flags_of_launchers_exist(command):
+    words = shlex.split(command)
+    launcher = next(word for word in words if word in LAUNCHERS)
+    known = {flag for action in LAUNCHERS[launcher]()._actions for flag in action.option_strings}
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert {word for word in words[:script] if word.startswith("--")} <= known
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import socket
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +34,11 @@ FORMAT_VERSION = 1
 LOCK = "_run.lock"
 ASIDE = "_aside-"
 DELETED = "_deleted-"
+
+# seconds; an NFS server keeps the locks of a dead client for about 90
+LOCK_OF_ANOTHER_MACHINE = 120.0
+# seconds; a network file system may show a new file late
+SHARED_WITHIN = 10.0
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 BLOCK_SIZE = 1 << 20
@@ -61,6 +68,20 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _files(folder: Path) -> set[str]:
+    """Return the relative names of all files in a checkpoint, except the manifest."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return names - {MANIFEST}
+
+
+def _wait_for_files(folder: Path, names: set[str]) -> None:
+    deadline = time.monotonic() + SHARED_WITHIN
+    while missing := names - _files(folder):
+        if time.monotonic() >= deadline:
+            raise OSError(errno.ENOENT, f"{sorted(missing)} of other processes do not appear in {folder}")
+        time.sleep(0.1)
+
+
 def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
     """Flush all files of a folder to the disk, then write its manifest, atomically.
 
@@ -69,7 +90,7 @@ def seal_checkpoint(folder: str | Path, run: Mapping[str, Any] | None = None) ->
         run: fingerprint of the run for `check_same_run`, as JSON values.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    paths = sorted(folder / name for name in _files(folder))
     files = {}
     for path in paths:
         _fsync(path)
@@ -192,9 +213,10 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -
         output_dir: of the run.
 
     Raises:
-        ValueError: the path is broken (the message names the file), or `output_dir` holds checkpoints of an earlier
-            run that this run would not resume.
+        ValueError: the path is broken (the message names the file), `output_dir` holds checkpoints of an earlier run
+            that this run would not resume, or not all machines see the same `output_dir`.
     """
+    check_shared(output_dir)
     if world_size() == 1:
         return _resolve(resume_from_checkpoint, Path(output_dir))
     # checkpoint and error
@@ -210,8 +232,51 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -
     return answer[0]
 
 
+def _is_listed(path: Path) -> bool:
+    # unlike `exists`, whose answer a network file system keeps for a while
+    return path.parent.is_dir() and path.name in os.listdir(path.parent)
+
+
+def check_shared(output_dir: str | Path) -> None:
+    """Check that all processes, on whichever machine, see the same output folder. All of them must call this.
+
+    Raises:
+        ValueError: some do not. The message names their machines.
+    """
+    if world_size() == 1:
+        return
+    answer: list[Any] = [f".{uuid.uuid4().hex}", socket.gethostname()]
+    path = Path(output_dir, answer[0])
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    dist.broadcast_object_list(answer, src=0)
+    path = Path(output_dir, answer[0])
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not (is_seen := _is_listed(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    machines: list[Any] = [None] * world_size()
+    dist.all_gather_object(machines, None if is_seen else socket.gethostname())
+    if rank() == 0:
+        path.unlink()
+    blind = sorted({machine for machine in machines if machine is not None})
+    if blind:
+        raise ValueError(
+            f"output_dir={output_dir} of {answer[1]} is not visible on {', '.join(blind)}: each process writes its "
+            "part of a checkpoint there. Set it to a folder on a file system that all machines share, such as NFS."
+        )
+
+
 def check_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> None:
-    """Raise the errors of `resolve_resume` without changing anything. Called before any long work starts."""
+    """Raise the errors of `resolve_resume` without changing anything. Called before any long work starts.
+
+    In a distributed run all processes must call this.
+    """
+    check_shared(output_dir)
+    _check_resume(resume_from_checkpoint, output_dir)
+
+
+def _check_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> None:
     if resume_from_checkpoint == "auto":
         return
     if resume_from_checkpoint is not None:
@@ -244,7 +309,7 @@ def check_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> 
 def _resolve(resume_from_checkpoint: str | None, output_dir: Path) -> str | None:
     if resume_from_checkpoint == "auto":
         return find_checkpoint(output_dir)
-    check_resume(resume_from_checkpoint, output_dir)
+    _check_resume(resume_from_checkpoint, output_dir)
     chosen = None if resume_from_checkpoint is None else Path(resume_from_checkpoint).resolve()
     earlier = [folder for folder in _checkpoints(output_dir) if folder.resolve() != chosen]
     for folder in earlier:
@@ -290,9 +355,41 @@ def _close_inherited_locks() -> None:
 os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
+def _acquire(descriptor: int, output_dir: str | Path) -> None:
+    deadline = None
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            if deadline is None:
+                is_elsewhere = bool(owner) and not owner.endswith(f" on {socket.gethostname()}")
+                deadline = time.monotonic() + (LOCK_OF_ANOTHER_MACHINE if is_elsewhere else 0)
+                if is_elsewhere:
+                    print(f"output_dir={output_dir} is locked ({owner}): waiting, in case it died.", flush=True)
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"output_dir={output_dir} is in use by another run ({owner}). Wait until it ends, or choose "
+                    "another."
+                ) from error
+            time.sleep(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(
+                f"output_dir={output_dir} cannot be locked ({error.strerror}): start no second run in it.", flush=True
+            )
+            return
+
+
 @contextlib.contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
     """Lock a run's folder against other runs during the block. The lock is released even by a SIGKILL.
+
+    On a file system that several machines share, the lock also keeps out the runs of other machines if the file system
+    supports it, as NFS does; if not, a warning is printed. The lock of a machine that died is released late, so this
+    waits `LOCK_OF_ANOTHER_MACHINE` seconds for one.
 
     Raises:
         ValueError: another process holds it.
@@ -304,20 +401,15 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 1000).decode(errors="replace")
-            raise ValueError(
-                f"output_dir={output_dir} is in use by another run ({owner}). Wait until it ends, or choose another."
-            ) from error
+        _acquire(descriptor, output_dir)
         _lock_descriptors.add(descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         _lock_descriptors.discard(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -362,12 +454,17 @@ class CheckpointSealer:
             OSError: the previous checkpoint could not be sealed.
         """
         self.wait()
+        folder = Path(folder)
+        # On a network file system, the main process may see the files of other machines late: each names its own.
+        names: list[Any] = [_files(folder)]
         if world_size() > 1:
-            dist.barrier()
+            names = names * world_size()
+            dist.all_gather_object(names, names[0])
         if rank() == 0:
-            self._pending = self._pool.submit(self._seal, Path(folder), list(protected))
+            self._pending = self._pool.submit(self._seal, folder, set().union(*names), list(protected))
 
-    def _seal(self, folder: Path, protected: list[str | Path]) -> None:
+    def _seal(self, folder: Path, names: set[str], protected: list[str | Path]) -> None:
+        _wait_for_files(folder, names)
         seal_checkpoint(folder, self.run)
         rotate_checkpoints(self.output_dir, self.keep, protected)
 

@@ -1,5 +1,6 @@
 """Stops a run on SIGTERM or SIGINT after the current step, with a checkpoint and exit code 75."""
 
+import datetime
 import os
 import signal
 import threading
@@ -26,12 +27,17 @@ class StopSignals:
 
     Outside the main thread, where Python allows no handlers, signals are not handled.
 
+    Args:
+        timeout: seconds to wait for a process that no longer answers, such as one of a machine without power.
+            Default: torch's 30 minutes.
+
     Attributes:
         agreed: the latest result of `requested`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float | None = None) -> None:
         self.agreed = False
+        self._timeout = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._signal: int | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}
@@ -43,7 +49,7 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
         if world_size() > 1:
             # on the CPU, so that `requested` does not wait for the GPU
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(timeout=self._timeout, backend="gloo")
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:

@@ -133,7 +133,8 @@ def train_safely(trainer: Trainer, *, dataset: str | None = None, allow_changed_
                 )
             check_same_run(checkpoint, run, allow_changed_run)
             print_once(f"Resuming from {checkpoint}")
-        with StopSignals() as signals, CheckpointSealer(output_dir, args.save_total_limit, run) as sealer:
+        sealer = CheckpointSealer(output_dir, args.save_total_limit, run)
+        with StopSignals(args.ddp_timeout) as signals, sealer:
             # in this order: the first may request a checkpoint, the second forbid it, the third seals it
             callbacks: list[TrainerCallback] = [StopOnSignal(signals), StopOnDivergence(trainer, sealer)]
             callbacks += [SealedCheckpoints(sealer), _StopAtMaxSteps(trainer)]
