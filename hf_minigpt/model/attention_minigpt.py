@@ -236,8 +236,16 @@ def build_mask(
         elif position_ids is not None and not is_flash_attention(config):
             document_ids = find_documents(position_ids.expand(inputs_embeds.shape[0], -1))
     if document_ids is None:
+        options: dict[str, Any] = {}
+        is_prompt = attention_mask is not None and is_2d and starts_empty and inputs_embeds.shape[1] > 1
+        if is_prompt and waits_for_mask(config, attention_mask):
+            # Read here once whether there is padding, which `create_causal_mask` reads twice without these options.
+            if attention_mask.all():
+                attention_mask = None
+            else:
+                options["and_mask_function"] = causal_mask_function
         # Without position_ids `create_causal_mask` spends no time searching for documents.
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values), {}
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, **options), {}
     if can_attend_per_document(config, inputs_embeds, attention_mask, past_key_values):
         return None, {"document_lengths": document_lengths(document_ids)}
     if attention_mask is None and past_key_values is None and "flex" in kernels_for_packed_rows(model, inputs_embeds):
@@ -250,6 +258,12 @@ def build_mask(
     same_document = packed_sequence_mask_function(document_ids)
     mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, and_mask_function=same_document)
     return mask, {}
+
+
+def waits_for_mask(config, attention_mask: torch.Tensor) -> bool:
+    """Return whether to read the values of a mask (B, S) means to wait for a GPU, and SDPA may read them."""
+    may_read = not is_tracing(attention_mask) and not in_function_transform()
+    return may_read and config._attn_implementation == "sdpa" and attention_mask.device.type == "cuda"
 
 
 def is_flash_attention(config) -> bool:
