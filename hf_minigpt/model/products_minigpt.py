@@ -206,8 +206,15 @@ def is_plain_linear(module: nn.Module) -> bool:
     False for an adapter (PEFT), a quantized or sharded layer, and a layer with forward or backward hooks, for example
     those of accelerate or of a tensor-parallel plan.
     """
+    # Written out, because small models spend a noticeable part of decoding here.
     return (
-        type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks and _is_bare(module)
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and (torch.compiler.is_compiling() or not nn_module._has_any_global_hook())
     )
 
 
@@ -219,13 +226,9 @@ def is_fsdp_linear(module: nn.Module) -> bool:
     if fsdp is None or type(module).__bases__ != (fsdp.FSDPModule, nn.Linear):
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks) and _is_bare(module)
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Return whether nothing replaces `forward`, and neither backward hooks nor hooks of all modules run."""
     return (
         "forward" not in module.__dict__
+        and all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and (torch.compiler.is_compiling() or not nn_module._has_any_global_hook())
