@@ -234,7 +234,8 @@ def build_mask(
                     lengths["packed_attention"] = varlen_attention
                 return None, lengths
         elif position_ids is not None and not is_flash_attention(config):
-            document_ids = find_documents(position_ids.expand(inputs_embeds.shape[0], -1))
+            positions = position_ids.expand(inputs_embeds.shape[0], -1)
+            document_ids = find_documents(positions, lengths_are_given(kwargs))
     if document_ids is None:
         options: dict[str, Any] = {}
         is_prompt = attention_mask is not None and is_2d and starts_empty and inputs_embeds.shape[1] > 1
@@ -403,9 +404,13 @@ def flex_mask(document_ids: torch.Tensor) -> Any:
     return build(is_visible, batch_size, None, length, length, device=document_ids.device)
 
 
-def find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Return the document of each position (B, T), numbered within its row; None if each row is one document."""
-    if in_function_transform():
+def find_documents(position_ids: torch.Tensor, is_packed: bool = False) -> torch.Tensor | None:
+    """Return the document of each position (B, T), numbered within its row; None if each row is one document.
+
+    Args:
+        is_packed: whether the caller knows that rows hold several documents, so that a GPU need not be waited for.
+    """
+    if in_function_transform() or (is_packed and position_ids.device.type != "cpu"):
         # As `find_packed_sequence_indices`, but without reading values.
         return F.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
     return find_packed_sequence_indices(position_ids)

@@ -11,8 +11,8 @@ from ..model.products_minigpt import linear
 
 
 # Peak FLOP/s of 16-bit matrix products with fp32 accumulation, without sparsity, by words of the device's name.
-# Sources: the vendor's data sheets, for GeForce and RTX cards the appendices of its architecture white papers (GA102,
-# Ada, RTX Blackwell). Data sheets since Ampere print twice the value, for sparse matrices.
+# Those of V100, A10, A100, L4, L40S, H100 PCIe and RTX 3090, 4090 and 5090 are checked against published tables, the
+# others are not. Data sheets since Ampere print twice the value, for sparse matrices.
 PEAK_FLOPS = {
     "V100": 125e12,
     "V100 PCIE": 112e12,

@@ -1,5 +1,5 @@
 """
-Check and time the package on this machine's GPU: twelve checks in less than ten minutes, offline.
+Check and time the package on this machine's GPU: twelve checks, offline, in ten minutes at most.
 
     python recipes/benchmarks/gpu.py
     python recipes/benchmarks/gpu.py --only 2,4 --output_dir runs/gpu
