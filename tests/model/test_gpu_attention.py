@@ -283,8 +283,6 @@ def test_syncs_once_a_forward_at_most(attention, case, expected, rows, kernels, 
         "right padding": {"attention_mask": torch.arange(14).expand(rows, -1) < 12},
         "no positions": {},
     }[case]
-    if attention == "dense" and case == "lengths given":
-        expected = 1
     model = tiny_model("modern", **SIZES, num_hidden_layers=3)
     if attention == "flash_attention_2":
         model.config._attn_implementation = attention
